@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <stdint.h>
+
+#include "../common/dtype.h"
+#include "../common/simd_level.h"
+#include "../common/strided.h"
+#include "../common/time_segments.h"
+
+namespace mambablock {
+
+// Shapes as in the op's schema. Parameters and states are float, or double for float64
+// activations; an absent argument is a null pointer.
+struct CausalConv1dParams {
+  DType dtype;
+  int64_t batch, length, channels, width;
+  bool silu;
+
+  Strided3 x;           // (B, L, D)
+  const void* weight;   // (W, D) contiguous
+  const void* bias;     // (D)
+  const void* initial_state;  // (B|S, W-1, D) contiguous
+
+  const Segment* segments;  // of one row
+  int64_t segment_count;
+  int64_t sequences;  // in one row
+
+  // Forward only.
+  Strided3Out y;
+  void* final_state;
+
+  // Backward only.
+  Strided3 dy;
+  const void* dfinal_state;
+  Strided3Out dx;
+  void* dinitial_state;
+  // One partial sum per segment, added up by the op in a fixed order.
+  void* dweight_partial;  // (B * segments, W, D)
+  void* dbias_partial;    // (B * segments, D)
+};
+
+// Channels are worked on in blocks of this many.
+inline constexpr int64_t kConvChannelBlock = 128;
+
+inline int64_t causal_conv1d_blocks(const CausalConv1dParams& p) {
+  return (p.channels + kConvChannelBlock - 1) / kConvChannelBlock;
+}
+
+inline int64_t causal_conv1d_work_items(const CausalConv1dParams& p) {
+  return p.batch * p.segment_count * causal_conv1d_blocks(p);
+}
+
+// Both run the work items [begin, end), in any order and on any thread.
+MAMBABLOCK_DECLARE_KERNEL(void, causal_conv1d_forward,
+                          (const CausalConv1dParams&, int64_t begin, int64_t end));
+MAMBABLOCK_DECLARE_KERNEL(void, causal_conv1d_backward,
+                          (const CausalConv1dParams&, int64_t begin, int64_t end));
+
+}  // namespace mambablock

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "checks.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace mambablock {
+
+std::string shape_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+namespace {
+
+std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another device";
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.is_cuda() == b.is_cuda() &&
+         (a.is_cpu() || a.get_device_index() == b.get_device_index());
+}
+
+}  // namespace
+
+DType dtype_of(const char* op, const char* argument, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::Double:
+      return DType::float64;
+    default:
+      fail(op, argument, "float32, bfloat16, float16 or float64", dtype_name(type));
+  }
+}
+
+Checks::Checks(const char* op, const char* argument, const Tensor& input, int64_t dimensions,
+               const char* layout)
+    : op_(op),
+      input_name_(argument),
+      input_(input),
+      activation_type_(input.scalar_type()) {
+  if (input.dim() != dimensions) fail(op, argument, layout, shape_text(input));
+  dtype_ = dtype_of(op, argument, activation_type_);
+  accumulator_type_ = dtype_ == DType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+void Checks::shape(const char* argument, const Tensor& tensor,
+                   std::initializer_list<Size> sizes) const {
+  bool same = tensor.dim() == int64_t(sizes.size());
+  std::string expected;
+  int64_t i = 0;
+  for (const Size& size : sizes) {
+    same = same && tensor.size(i) == size.value;
+    expected += (i++ > 0 ? ", " : "") + std::string(size.name) + "=" + std::to_string(size.value);
+  }
+  if (!same) fail(op_, argument, "(" + expected + ")", shape_text(tensor));
+}
+
+void Checks::positive(const char* what, int64_t value) const {
+  if (value < 1) fail(op_, what, "at least 1", value);
+}
+
+void Checks::device(const char* argument, const Tensor& tensor) const {
+  if (!same_device(input_, tensor)) {
+    fail(op_, argument, "on " + device_text(input_) + " as " + input_name_, device_text(tensor));
+  }
+}
+
+void Checks::activation(const char* argument, const Tensor& tensor) const {
+  device(argument, tensor);
+  if (tensor.scalar_type() != activation_type_) {
+    fail(op_, argument, std::string(dtype_name(activation_type_)) + " as " + input_name_,
+         dtype_name(tensor.scalar_type()));
+  }
+}
+
+void Checks::parameter(const char* argument, const Tensor& tensor) const {
+  device(argument, tensor);
+  const ScalarType type = tensor.scalar_type();
+  if (type != activation_type_ && type != accumulator_type_) {
+    std::string expected = dtype_name(accumulator_type_);
+    if (activation_type_ != accumulator_type_) {
+      expected += std::string(" or ") + dtype_name(activation_type_);
+    }
+    fail(op_, argument, expected, dtype_name(type));
+  }
+}
+
+void Checks::accumulator(const char* argument, const Tensor& tensor) const {
+  device(argument, tensor);
+  if (tensor.scalar_type() != accumulator_type_) {
+    fail(op_, argument,
+         std::string(dtype_name(accumulator_type_)) + " for " + input_name_ + " in " +
+             dtype_name(activation_type_),
+         dtype_name(tensor.scalar_type()));
+  }
+}
+
+DType Checks::state(const char* argument, const Tensor& tensor) const {
+  device(argument, tensor);
+  return dtype_of(op_, argument, tensor.scalar_type());
+}
+
+void Checks::indices(const char* argument, const Tensor& tensor) const {
+  device(argument, tensor);
+  const ScalarType type = tensor.scalar_type();
+  if (type != ScalarType::Int && type != ScalarType::Long) {
+    fail(op_, argument, "int32 or int64", dtype_name(type));
+  }
+  if (tensor.dim() != 1) fail(op_, argument, "one-dimensional", shape_text(tensor));
+}
+
+std::vector<int64_t> index_values(const Tensor& tensor) {
+  std::vector<int64_t> values(tensor.numel());
+  const int64_t stride = tensor.dim() == 1 ? tensor.stride(0) : 0;
+  const void* data = tensor.const_data_ptr();
+  for (int64_t i = 0; i < int64_t(values.size()); ++i) {
+    values[i] = tensor.scalar_type() == ScalarType::Int
+                    ? static_cast<const int32_t*>(data)[i * stride]
+                    : static_cast<const int64_t*>(data)[i * stride];
+  }
+  return values;
+}
+
+std::vector<int64_t> state_rows(const Checks& checks, const std::optional<Tensor>& state_indices,
+                                int64_t batch, int64_t rows) {
+  const char *op = checks.op(), *name = "state_indices";
+  if (!state_indices) {
+    if (rows != batch) fail(op, "state", "of batch=" + std::to_string(batch) + " rows", rows);
+    std::vector<int64_t> identity(batch);
+    std::iota(identity.begin(), identity.end(), 0);
+    return identity;
+  }
+  checks.indices(name, *state_indices);
+  checks.shape(name, *state_indices, {{"batch", batch}});
+  std::vector<int64_t> values = index_values(*state_indices), sorted;
+  for (const int64_t value : values) {
+    if (value >= rows) fail(op, name, "below the state's " + std::to_string(rows) + " rows", value);
+    if (value >= 0) sorted.push_back(value);
+  }
+  std::sort(sorted.begin(), sorted.end());
+  const auto twin = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twin != sorted.end()) fail(op, name, "distinct", std::to_string(*twin) + " twice");
+  return values;
+}
+
+int64_t state_count(const Checks& checks, const std::optional<Tensor>& cu_seqlens, int64_t batch) {
+  if (!cu_seqlens) return batch;
+  checks.indices("cu_seqlens", *cu_seqlens);
+  if (cu_seqlens->size(0) < 1) {
+    fail(checks.op(), "cu_seqlens", "of at least one value", shape_text(*cu_seqlens));
+  }
+  if (batch != 1) fail(checks.op(), "batch", "1 with cu_seqlens", batch);
+  return cu_seqlens->size(0) - 1;
+}
+
+std::vector<Segment> row_segments(const Checks& checks, const std::optional<Tensor>& cu_seqlens,
+                                  int64_t batch, int64_t length, bool reverse) {
+  const int64_t sequences = state_count(checks, cu_seqlens, batch);
+  if (!cu_seqlens) return time_segments({0, length});
+  std::vector<int64_t> values = index_values(*cu_seqlens);
+  const auto require = [&](bool holds, size_t at) {
+    if (!holds) {
+      fail(checks.op(), "cu_seqlens", "rising from 0 to length=" + std::to_string(length),
+           std::to_string(values[at]) + " at position " + std::to_string(at));
+    }
+  };
+  require(values.front() == 0, 0);
+  for (size_t i = 1; i < values.size(); ++i) require(values[i] >= values[i - 1], i);
+  require(values.back() == length, values.size() - 1);
+  if (!reverse) return time_segments(values);
+  std::vector<int64_t> flipped(values.rbegin(), values.rend());
+  for (int64_t& value : flipped) value = length - value;
+  std::vector<Segment> segments = time_segments(flipped);
+  for (Segment& segment : segments) segment.sequence = sequences - 1 - segment.sequence;
+  return segments;
+}
+
+Strided3 strided_input(const std::optional<Tensor>& tensor, bool reverse) {
+  if (!tensor) return {};
+  Strided3 input{tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1), tensor->stride(2)};
+  if (reverse && tensor->numel() > 0) {
+    input.data = static_cast<const char*>(input.data) +
+                 (tensor->size(1) - 1) * input.time * int64_t(tensor->element_size());
+    input.time = -input.time;
+  }
+  return input;
+}
+
+Strided3 strided_step_input(const std::optional<Tensor>& tensor) {
+  if (!tensor) return {};
+  return {tensor->const_data_ptr(), tensor->stride(0), 0, tensor->stride(1)};
+}
+
+Strided3Out strided_output(const Tensor& tensor, bool reverse) {
+  const Strided3 view = strided_input(tensor, reverse);
+  return {const_cast<void*>(view.data), view.batch, view.time};
+}
+
+std::optional<Tensor> contiguous_as(const std::optional<Tensor>& tensor, ScalarType type) {
+  if (!tensor) return std::nullopt;
+  const Tensor converted =
+      tensor->scalar_type() == type ? *tensor : torch::stable::to(*tensor, type);
+  return torch::stable::contiguous(converted);
+}
+
+namespace {
+
+template <class A>
+void sum_rows(const A* partials, int64_t count, int64_t size, A* total) {
+  torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) total[i] = 0;
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t i = begin; i < end; ++i) total[i] += partials[row * size + i];
+    }
+  });
+}
+
+}  // namespace
+
+Tensor sum_partials(const Tensor& partials, int64_t count, const Tensor& like) {
+  const Tensor total = torch::stable::new_empty(like, like.sizes(), partials.scalar_type());
+  if (partials.scalar_type() == ScalarType::Double) {
+    sum_rows(static_cast<const double*>(partials.const_data_ptr()), count, like.numel(),
+             static_cast<double*>(total.mutable_data_ptr()));
+  } else {
+    sum_rows(static_cast<const float*>(partials.const_data_ptr()), count, like.numel(),
+             static_cast<float*>(total.mutable_data_ptr()));
+  }
+  return *contiguous_as(total, like.scalar_type());
+}
+
+}  // namespace mambablock

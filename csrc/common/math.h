@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every formula of the project, once. `V` is float, double, or a SIMD vector of either.
+// Bounds are in units in the last place (ULP) of float32 and are held by tests/test_math.py;
+// float64 is the C library's.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+#include <limits>
+#include <type_traits>
+
+namespace mambablock {
+
+template <class V, class = void>
+struct VectorTraits {
+  using Scalar = std::remove_cvref_t<decltype(std::declval<V&>()[0])>;
+  using IntScalar = std::conditional_t<sizeof(Scalar) == 8, int64_t, int32_t>;
+  typedef IntScalar Int __attribute__((vector_size(sizeof(V))));
+  static constexpr int lanes = sizeof(V) / sizeof(Scalar);
+};
+
+template <class V>
+struct VectorTraits<V, std::enable_if_t<std::is_floating_point_v<V>>> {
+  using Scalar = V;
+  using Int = std::conditional_t<sizeof(V) == 8, int64_t, int32_t>;
+  static constexpr int lanes = 1;
+};
+
+template <class V>
+using ScalarOf = typename VectorTraits<V>::Scalar;
+
+template <class V>
+inline constexpr bool is_float64 = std::is_same_v<ScalarOf<V>, double>;
+
+// Calls a scalar function on every lane; only float64 takes this way.
+template <class V, class F>
+[[gnu::always_inline]] inline V map_lanes(V x, F function) {
+  if constexpr (VectorTraits<V>::lanes == 1) {
+    return function(x);
+  } else {
+    for (int lane = 0; lane < VectorTraits<V>::lanes; ++lane) x[lane] = function(x[lane]);
+    return x;
+  }
+}
+
+inline constexpr float kLog2E = 1.44269504088896341f;
+
+// Adding this number rounds a float32 to an integer, left in the low bits of the sum.
+inline constexpr float kRoundingShift = 12582912.0f;
+
+// 2^f for f in [-0.5, 0.5]: minimax polynomial of relative error 2^-28.9, exactly 1 at 0.
+template <class V>
+[[gnu::always_inline]] inline V exp2_fraction(V f) {
+  V p = f * 1.535336224e-04f + 1.339887474e-03f;
+  p = p * f + 9.618437359e-03f;
+  p = p * f + 5.550332470e-02f;
+  p = p * f + 2.402264791e-01f;
+  p = p * f + 6.931472029e-01f;
+  return p * f + 1.0f;
+}
+
+// p * 2^k, where `shifted` is k + kRoundingShift, by adding k to the exponent's bits.
+template <class V>
+[[gnu::always_inline]] inline V scale_by_exponent(V p, V shifted) {
+  using Int = typename VectorTraits<V>::Int;
+  const Int k = __builtin_bit_cast(Int, shifted) << 23;
+  return __builtin_bit_cast(V, __builtin_bit_cast(Int, p) + k);
+}
+
+// 2^x. At most 2 ULP for x in [-126, 128), infinity above; below, a value in [0, 2^-126].
+template <class V>
+[[gnu::always_inline]] inline V exp2(V x) {
+  if constexpr (is_float64<V>) {
+    return map_lanes(x, [](double lane) { return ::exp2(lane); });
+  } else {
+    const V low = V{} - 127.0f, high = V{} + 128.0f;
+    x = low > x ? low : x;  // in this order a NaN stays
+    x = high < x ? high : x;
+    const V shifted = x + kRoundingShift;
+    return scale_by_exponent(exp2_fraction(V(x - (shifted - kRoundingShift))), shifted);
+  }
+}
+
+// e^x. At most 2 ULP where the result is a normal number; 0 below that, infinity above.
+template <class V>
+[[gnu::always_inline]] inline V exp(V x) {
+  if constexpr (is_float64<V>) {
+    return map_lanes(x, [](double lane) { return ::exp(lane); });
+  } else {
+    // The high part of ln 2 has 15 trailing zero bits, so its product with k is exact.
+    constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+    const V shifted = x * kLog2E + kRoundingShift;
+    const V k = shifted - kRoundingShift;
+    const V remainder = (x - k * ln2_high) - k * ln2_low;
+    const V result = scale_by_exponent(exp2_fraction(V(remainder * kLog2E)), shifted);
+    const V zero = V{}, infinity = V{} + std::numeric_limits<float>::infinity();
+    const V bounded = x < -87.3365402f ? zero : result;
+    return x > 88.7228394f ? infinity : bounded;
+  }
+}
+
+// log(1 + x) for x in [0, 1], as 2 atanh(x / (2 + x)). At most 3 ULP.
+template <class V>
+[[gnu::always_inline]] inline V log1p_unit(V x) {
+  if constexpr (is_float64<V>) {
+    return map_lanes(x, [](double lane) { return ::log1p(lane); });
+  } else {
+    const V s = x / (x + 2.0f);
+    const V s2 = s * s;
+    V p = s2 * 1.215047198e-01f + 1.071382789e-01f;
+    p = p * s2 + 1.430844247e-01f;
+    p = p * s2 + 1.999943887e-01f;
+    p = p * s2 + 3.333333781e-01f;
+    const V twice = s + s;
+    return twice * (p * s2) + twice;
+  }
+}
+
+// 1 / (1 + e^-x). At most 4 ULP where the result is a normal number.
+template <class V>
+[[gnu::always_inline]] inline V sigmoid(V x) {
+  const V one = V{} + ScalarOf<V>(1);
+  return one / (one + exp(V(-x)));
+}
+
+// x sigmoid(x). At most 4 ULP where e^-x is finite, 0 below.
+template <class V>
+[[gnu::always_inline]] inline V silu(V x) {
+  return x / (exp(V(-x)) + ScalarOf<V>(1));
+}
+
+// The derivative of silu at x, given sigmoid(x).
+template <class V>
+[[gnu::always_inline]] inline V silu_derivative(V x, V sigmoid_x) {
+  return sigmoid_x * (x * (ScalarOf<V>(1) - sigmoid_x) + ScalarOf<V>(1));
+}
+
+// log(1 + e^x), and x itself above 20 as torch.nn.functional.softplus. At most 4 ULP where e^x
+// is a normal number.
+template <class V>
+[[gnu::always_inline]] inline V softplus(V x) {
+  const V zero = V{}, magnitude = x < ScalarOf<V>(0) ? x : V(-x);
+  const V positive = zero > x ? zero : x;  // in this order a NaN stays
+  const V smooth = positive + log1p_unit(exp(magnitude));
+  return x > ScalarOf<V>(20) ? x : smooth;
+}
+
+// The derivative of softplus at x.
+template <class V>
+[[gnu::always_inline]] inline V softplus_derivative(V x) {
+  const V one = V{} + ScalarOf<V>(1);
+  return x > ScalarOf<V>(20) ? one : sigmoid(x);
+}
+
+}  // namespace mambablock

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// SIMD vectors of the level that a kernel file is compiled for, and tiles of them: `steps` rows of
+// channels, converted to the accumulator's type, one column of vectors after the other.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dtype.h"
+#include "math.h"
+#include "strided.h"
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace mambablock {
+namespace MAMBABLOCK_SIMD_LEVEL {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vector = typename VectorOf<A>::type;
+template <class A>
+inline constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <class V>
+[[gnu::always_inline]] inline V load_vector(const ScalarOf<V>* source) {
+  V v;
+  memcpy(&v, source, sizeof v);
+  return v;
+}
+
+template <class V>
+[[gnu::always_inline]] inline void store_vector(ScalarOf<V>* target, V v) {
+  memcpy(target, &v, sizeof v);
+}
+
+[[gnu::always_inline]] inline float to_accumulator(float x) { return x; }
+[[gnu::always_inline]] inline double to_accumulator(double x) { return x; }
+[[gnu::always_inline]] inline float to_accumulator(BFloat16 x) {
+  return __builtin_bit_cast(float, uint32_t(x.bits) << 16);
+}
+[[gnu::always_inline]] inline float to_accumulator(Float16 x) {
+#ifdef __F16C__
+  return _cvtsh_ss(x.bits);
+#else
+  // Scaling by 2^112 rebases the exponent, subnormal numbers included.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  const float finite = __builtin_bit_cast(float, magnitude) * 0x1p112f;
+  const uint32_t bits = (x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u
+                                                    : __builtin_bit_cast(uint32_t, finite);
+  return __builtin_bit_cast(float, bits | sign);
+#endif
+}
+
+// Rounds to nearest, ties to even.
+template <class T>
+[[gnu::always_inline]] inline T from_accumulator(Accumulator<T> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {uint16_t(x != x ? 0x7fc0 : rounded)};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+#ifdef __F16C__
+    return {_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)};
+#else
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > 0x7f800000) {
+      half = 0x7e00;
+    } else if (magnitude >= 0x477ff000) {
+      half = 0x7c00;
+    } else if (magnitude < 0x38800000) {
+      // The sum's last bit weighs 2^-24, the smallest float16, and the adder rounds to it.
+      half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000;
+    } else {
+      half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    }
+    return {uint16_t(sign | half)};
+#endif
+  } else {
+    return x;
+  }
+}
+
+// Memory for a work item, aligned to cache lines.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<A*>(aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64))) {
+    if (data_ == nullptr) abort();
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  A* take(int64_t count) {
+    A* taken = data_ + used_;
+    used_ += count;
+    return taken;
+  }
+
+ private:
+  A* data_;
+  int64_t used_ = 0;
+};
+
+// A tile holds channels in columns of kLanes: element (step, channel) of a tile of `capacity`
+// steps. Lanes past the last channel are kept 0.
+template <class A>
+[[gnu::always_inline]] inline int64_t tile_index(int64_t capacity, int64_t step, int64_t channel) {
+  return (channel / kLanes<A> * capacity + step) * kLanes<A> + channel % kLanes<A>;
+}
+
+template <class T>
+inline void load_row(const T* source, int64_t stride, int64_t channels, Accumulator<T>* tile,
+                     int64_t capacity) {
+  using A = Accumulator<T>;
+  constexpr int lanes = kLanes<A>;
+  const int64_t whole = stride == 1 ? channels / lanes * lanes : 0;
+  for (int64_t c = 0; c < whole; c += lanes) {
+    A* target = tile + c * capacity;
+    for (int lane = 0; lane < lanes; ++lane) target[lane] = to_accumulator(source[c + lane]);
+  }
+  for (int64_t c = whole; c < channels; c += lanes) {
+    A* target = tile + c * capacity;
+    const int64_t rest = channels - c < lanes ? channels - c : lanes;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      target[lane] = lane < rest ? to_accumulator(source[(c + lane) * stride]) : A(0);
+    }
+  }
+}
+
+// Steps [begin, begin + steps) of channels [channel, channel + channels) of one row of the batch.
+template <class T>
+inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64_t steps,
+                      int64_t channel, int64_t channels, Accumulator<T>* tile, int64_t capacity) {
+  const T* source = static_cast<const T*>(input.data) + batch * input.batch + begin * input.time +
+                    channel * input.channel;
+  for (int64_t step = 0; step < steps; ++step) {
+    load_row(source + step * input.time, input.channel, channels,
+             tile + step * kLanes<Accumulator<T>>, capacity);
+  }
+}
+
+template <class T>
+inline void store_row(T* target, int64_t channels, const Accumulator<T>* tile, int64_t capacity) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  int64_t c = 0;
+  for (; c + lanes <= channels; c += lanes) {
+    const Accumulator<T>* source = tile + c * capacity;
+    for (int lane = 0; lane < lanes; ++lane) target[c + lane] = from_accumulator<T>(source[lane]);
+  }
+  for (; c < channels; ++c) {
+    target[c] = from_accumulator<T>(tile[c / lanes * lanes * capacity + c % lanes]);
+  }
+}
+
+template <class T>
+inline void store_tile(const Strided3Out& output, int64_t batch, int64_t begin, int64_t steps,
+                       int64_t channel, int64_t channels, const Accumulator<T>* tile,
+                       int64_t capacity) {
+  T* target =
+      static_cast<T*>(output.data) + batch * output.batch + begin * output.time + channel;
+  for (int64_t step = 0; step < steps; ++step) {
+    store_row(target + step * output.time, channels, tile + step * kLanes<Accumulator<T>>,
+              capacity);
+  }
+}
+
+// The sum of the lanes, always in the same order.
+template <class V>
+[[gnu::always_inline]] inline ScalarOf<V> sum_lanes(V v) {
+  using S = ScalarOf<V>;
+  S lanes[VectorTraits<V>::lanes];
+  memcpy(lanes, &v, sizeof v);
+  for (int width = VectorTraits<V>::lanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+}  // namespace MAMBABLOCK_SIMD_LEVEL
+}  // namespace mambablock

@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Mamba-1 selective state space block for PyTorch, with its own C++ and CUDA kernels."""
+
+from . import reference
+from .block import MambaBlock, MambaState
+from .causal_conv1d import causal_conv1d
+from .causal_conv1d_update import causal_conv1d_update
+from .selective_scan import selective_scan
+from .selective_state_update import selective_state_update
+
+__all__ = [
+    "MambaBlock",
+    "MambaState",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "reference",
+    "selective_scan",
+    "selective_state_update",
+]

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Mamba block as a PyTorch module, with mamba-ssm's parameter names."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .causal_conv1d import causal_conv1d
+from .causal_conv1d_update import causal_conv1d_update
+from .selective_scan import selective_scan
+from .selective_state_update import selective_state_update
+
+__all__ = ["MambaBlock", "MambaState"]
+
+
+class MambaState(NamedTuple):
+    """What a block carries from one piece of its sequences to the next.
+
+    Both are float32 (float64 for a float64 block), one row per sequence.
+    """
+
+    conv: Tensor
+    """The last d_conv - 1 inputs of the convolution, oldest first: (batch, d_conv - 1, d_inner)."""
+    ssm: Tensor
+    """The recurrence's h: (batch, d_inner, d_state)."""
+
+
+class MambaBlock(nn.Module):
+    """The Mamba-1 block: in_proj -> causal conv1d + SiLU -> selective scan -> gate -> out_proj.
+
+    Source: Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+    arXiv:2312.00752, section 3.4 and figure 3; the initial values are those of section 3.6. The
+    state_dict's keys and shapes are those of mamba-ssm's `Mamba` and transformers' `MambaMixer`.
+
+    Args:
+        d_model: width of the input and the output.
+        d_state: state size N of each channel.
+        d_conv: width of the causal convolution, in time steps.
+        expand: d_inner = int(expand * d_model), unless d_inner is given.
+        dt_rank: rank of the projection that makes delta; "auto" is ceil(d_model / 16).
+        d_inner: number of channels of the convolution and the scan.
+        dt_min, dt_max: softplus(dt_proj.bias) starts log-uniform between them.
+        dt_init: dt_proj.weight starts "random" (uniform) or "constant".
+        dt_scale: dt_proj.weight starts within +-dt_scale * dt_rank^-0.5.
+        dt_init_floor: least starting value of softplus(dt_proj.bias).
+        conv_bias: whether the convolution has a bias.
+        bias: whether in_proj and out_proj have one.
+        layer_idx: the block's place in a model, for the caller's own use.
+        device, dtype: of the parameters; A_log and D are float32 (float64 for float64) whatever
+            dtype is.
+
+    Raises:
+        ValueError: a size, dt_min, dt_max or dt_init_floor is not positive, dt_max is less than
+            dt_min, or dt_rank or dt_init is an unknown word.
+    """
+
+    op_type = "MambaBlock"
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        *,
+        d_inner: int | None = None,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _require_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
+        _require_positive(dt_min=dt_min, dt_max=dt_max, dt_init_floor=dt_init_floor)
+        if dt_max < dt_min:
+            raise ValueError(f"MambaBlock: dt_max must be at least dt_min={dt_min}; got {dt_max}")
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"MambaBlock: dt_init must be 'random' or 'constant'; got {dt_init!r}")
+        if isinstance(dt_rank, str):
+            if dt_rank != "auto":
+                raise ValueError(
+                    f"MambaBlock: dt_rank must be 'auto' or an integer; got {dt_rank!r}"
+                )
+            dt_rank = math.ceil(d_model / 16)
+        if d_inner is None:
+            d_inner = int(expand * d_model)
+        _require_positive(dt_rank=dt_rank, d_inner=d_inner)
+
+        self.d_model = d_model
+        self.d_state = d_state
+        self.d_conv = d_conv
+        self.d_inner = d_inner
+        self.dt_rank = dt_rank
+        self.dt_min = dt_min
+        self.dt_max = dt_max
+        self.dt_init = dt_init
+        self.dt_scale = dt_scale
+        self.dt_init_floor = dt_init_floor
+        self.layer_idx = layer_idx
+        self.name = "mamba_block"
+
+        dtype = dtype or torch.get_default_dtype()
+        scan_dtype = torch.promote_types(dtype, torch.float32)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, device=device, dtype=dtype)
+        # Only holds the parameters, under the names that checkpoints have: the op computes.
+        self.conv1d = nn.Conv1d(
+            d_inner,
+            d_inner,
+            d_conv,
+            groups=d_inner,
+            padding=d_conv - 1,
+            bias=conv_bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.x_proj = nn.Linear(
+            d_inner, dt_rank + 2 * d_state, bias=False, device=device, dtype=dtype
+        )
+        self.dt_proj = nn.Linear(dt_rank, d_inner, device=device, dtype=dtype)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state, device=device, dtype=scan_dtype))
+        self.D = nn.Parameter(torch.empty(d_inner, device=device, dtype=scan_dtype))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, device=device, dtype=dtype)
+        self._reset_scan_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all initial values anew, as after meta-device construction and to_empty()."""
+        for layer in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
+            layer.reset_parameters()
+        self._reset_scan_parameters()
+
+    @torch.no_grad()
+    def _reset_scan_parameters(self) -> None:
+        """A_log = log(1..N) (S4D-Real), D = 1, and dt_proj such that delta starts in its range."""
+        bound = self.dt_scale * self.dt_rank**-0.5
+        if self.dt_init == "random":
+            nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        else:
+            nn.init.constant_(self.dt_proj.weight, bound)
+
+        dt = torch.empty_like(self.D).uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp()
+        dt = dt.clamp(min=self.dt_init_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log.copy_(torch.ones_like(self.A_log).cumsum(1).log())
+        self.D.fill_(1.0)
+
+        # Marks that mamba-ssm's training code looks for.
+        self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
+        self.D._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        state: MambaState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, MambaState]:
+        """Run the block over whole sequences, or over the next piece of each.
+
+        Args:
+            hidden_states: (batch, length, d_model), of the parameters' type.
+            state: what an earlier piece returned; left as it is. None is a state of zeros.
+            attention_mask: (batch, length), bool or integer, nonzero where a token is real. Each
+                row gives what its real tokens would give alone, wherever the padding lies; outputs
+                at padding are 0.
+            cu_seqlens: (sequences + 1), int32 or int64: hidden_states is one row (batch = 1) in
+                which sequence s takes the time steps cu_seqlens[s] to cu_seqlens[s + 1]. States
+                then have a row per sequence.
+            return_state: also return the state after each row's (sequence's) last real token.
+
+        Returns:
+            y (batch, length, d_model), or (y, MambaState). Gradients flow through both states.
+
+        Raises:
+            ValueError: hidden_states, state or attention_mask has the wrong shape or type, or
+                attention_mask and cu_seqlens are given together.
+        """
+        self._check_forward(hidden_states, state, attention_mask, cu_seqlens)
+        conv_state, ssm_state = (None, None) if state is None else state
+        padding = None
+        if attention_mask is not None:
+            # Real tokens first, in their order: then padding comes after all that it could touch.
+            masked = attention_mask == 0
+            order = masked.to(torch.uint8).argsort(dim=1, stable=True)
+            padding = masked.gather(1, order)[..., None]
+            hidden_states = _take_steps(hidden_states, order).masked_fill(padding, 0)
+
+        inputs, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x, last_inputs = causal_conv1d(
+            inputs,
+            self.conv1d.weight.squeeze(1),
+            bias=self.conv1d.bias,
+            silu=True,
+            initial_state=conv_state,
+            cu_seqlens=cu_seqlens,
+            return_final_state=True,
+        )
+        delta, delta_bias, B, C = self._selection(x)
+        if padding is not None:
+            # softplus(-inf) = 0: padding takes a step of no length, so the state passes unchanged.
+            delta = delta.masked_fill(padding, -math.inf)
+        y, last_h = selective_scan(
+            x,
+            delta,
+            self._A(),
+            B,
+            C,
+            D=_scan_type(self.D),
+            z=z,
+            delta_bias=delta_bias,
+            delta_softplus=True,
+            initial_state=ssm_state,
+            cu_seqlens=cu_seqlens,
+            return_final_state=True,
+        )
+        y = self.out_proj(y)
+
+        if padding is not None:
+            y = _take_steps(y.masked_fill(padding, 0), order.argsort(dim=1))
+            if return_state:
+                last_inputs = self._last_real_inputs(conv_state, inputs, padding)
+        return (y, MambaState(last_inputs, last_h)) if return_state else y
+
+    @torch.no_grad()
+    def step(self, hidden_states: Tensor, state: MambaState) -> Tensor:
+        """One time step of forward, for inference: no gradients, and state rolled in place.
+
+        Args:
+            hidden_states: (batch, d_model), of the parameters' type.
+            state: from allocate_state, forward or an earlier step.
+
+        Returns:
+            y (batch, d_model).
+
+        Raises:
+            ValueError: hidden_states or state has the wrong shape.
+        """
+        if hidden_states.dim() != 2 or hidden_states.shape[1] != self.d_model:
+            raise ValueError(
+                f"MambaBlock: step's hidden_states must be (batch, d_model={self.d_model}); "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        self._check_state(state, hidden_states.shape[0])
+        conv_state, ssm_state = state
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x = causal_conv1d_update(
+            conv_state, x, self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, silu=True
+        )
+        delta, delta_bias, B, C = self._selection(x)
+        y = selective_state_update(
+            ssm_state,
+            x,
+            delta,
+            self._A(),
+            B,
+            C,
+            D=_scan_type(self.D),
+            z=z,
+            delta_bias=delta_bias,
+            delta_softplus=True,
+        )
+        projected: Tensor = self.out_proj(y)
+        return projected
+
+    def allocate_state(
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MambaState:
+        """A state of zeros, for sequences that start.
+
+        Args:
+            batch: number of rows (of packed sequences, with cu_seqlens).
+            device: where; the parameters' by default.
+            dtype: the activations' type, the parameters' by default. The state is float32, and
+                float64 for float64.
+        """
+        device = device or self.A_log.device
+        dtype = torch.promote_types(dtype or self.A_log.dtype, torch.float32)
+        return MambaState(
+            torch.zeros(batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
+            torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=dtype),
+        )
+
+    @property
+    def name(self) -> str:
+        """The block's name: any text but an empty one."""
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        if not name:
+            raise ValueError("MambaBlock: name must not be empty")
+        self._name = name
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The block's sizes by name; kernel_size is d_conv."""
+        return {
+            "d_model": self.d_model,
+            "d_inner": self.d_inner,
+            "d_state": self.d_state,
+            "dt_rank": self.dt_rank,
+            "kernel_size": self.d_conv,
+        }
+
+    @property
+    def output_shape(self) -> list[int]:
+        """(batch, length, d_model), where -1 stands for any size."""
+        return [-1, -1, self.d_model]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.attributes.items())
+
+    def _A(self) -> Tensor:
+        return -torch.exp(_scan_type(self.A_log))
+
+    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """The parameters that depend on the input (section 3.2): delta, its bias if it is still to
+        be added, B and C."""
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        if not _is_plain_linear(self.dt_proj) or self.dt_proj.bias is None:
+            return self.dt_proj(dt), None, B, C
+        # The scan adds the bias in float32, where a bfloat16 sum would lose most of it.
+        return F.linear(dt, self.dt_proj.weight), _scan_type(self.dt_proj.bias), B, C
+
+    def _last_real_inputs(
+        self, conv_state: Tensor | None, inputs: Tensor, padding: Tensor
+    ) -> Tensor:
+        """The convolution's last d_conv - 1 inputs before the padding, which is at the end."""
+        width = self.d_conv - 1
+        if conv_state is None:
+            conv_state = inputs.new_zeros(inputs.shape[0], width, self.d_inner)
+        conv_state = conv_state.to(torch.promote_types(inputs.dtype, torch.float32))
+        real_steps = (~padding).sum(1)
+        last = real_steps + torch.arange(width, device=inputs.device)
+        return _take_steps(torch.cat([conv_state, inputs.to(conv_state.dtype)], dim=1), last)
+
+    def _check_forward(
+        self,
+        hidden_states: Tensor,
+        state: MambaState | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.d_model:
+            raise ValueError(
+                "MambaBlock: hidden_states must be (batch, length, "
+                f"d_model={self.d_model}); got {tuple(hidden_states.shape)}"
+            )
+        batch, length, _ = hidden_states.shape
+        if attention_mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError(
+                    "MambaBlock: attention_mask and cu_seqlens must not be given together; "
+                    "packed sequences have no padding"
+                )
+            _require_shape("attention_mask", attention_mask, batch=batch, length=length)
+            if attention_mask.is_floating_point():
+                raise ValueError(
+                    "MambaBlock: attention_mask must be bool or integer; "
+                    f"got {attention_mask.dtype}"
+                )
+        if state is not None:
+            self._check_state(state, batch if cu_seqlens is None else cu_seqlens.numel() - 1)
+
+    def _check_state(self, state: MambaState, rows: int) -> None:
+        conv, ssm = state
+        _require_shape("state.conv", conv, batch=rows, inputs=self.d_conv - 1, d_inner=self.d_inner)
+        _require_shape("state.ssm", ssm, batch=rows, d_inner=self.d_inner, d_state=self.d_state)
+
+
+def _require_shape(argument: str, tensor: Tensor, **sizes: int) -> None:
+    if tensor.shape != tuple(sizes.values()):
+        expected = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"MambaBlock: {argument} must be ({expected}); got {tuple(tensor.shape)}")
+
+
+def _require_positive(**arguments: float) -> None:
+    for name, value in arguments.items():
+        if not value > 0:
+            raise ValueError(f"MambaBlock: {name} must be positive; got {value}")
+
+
+def _scan_type(parameter: Tensor) -> Tensor:
+    """In float32, which the scan takes whatever the activations' type; float64 stays."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer is only F.linear: no subclass, hook or replaced forward."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+    )
+
+
+def _take_steps(sequences: Tensor, steps: Tensor) -> Tensor:
+    """sequences (batch, length, channels) at each row's time steps: steps is (batch, count)."""
+    return sequences.gather(1, steps[..., None].expand(-1, -1, sequences.shape[2]))

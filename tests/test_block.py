@@ -1,0 +1,813 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MambaBlock against a composition of the reference ops, and against itself in other forms."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from mambablock import MambaBlock, MambaState, reference
+from torch import Tensor, nn
+
+# Same sums in another order: float64 rounding (1e-16) with room for a few hundred terms and for
+# gradients that pass through dozens of time steps.
+assert_same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
+
+
+def make_block(**options) -> MambaBlock:
+    """A float64 block whose every parameter matters and none is at its regular initial value."""
+    torch.manual_seed(0)
+    options = {"d_model": 6, "d_state": 5, "d_conv": 4, "dt_rank": 3, "dtype": torch.float64} | (
+        options
+    )
+    block = MambaBlock(**options)
+    with torch.no_grad():
+        block.A_log.add_(0.3 * torch.randn_like(block.A_log))
+        block.D.add_(torch.randn_like(block.D))
+        block.x_proj.weight.mul_(4.0)
+        block.dt_proj.bias.add_(2.0)
+    return block
+
+
+def random_state(block: MambaBlock, rows: int) -> MambaState:
+    return MambaState(*(torch.randn_like(s).requires_grad_() for s in block.allocate_state(rows)))
+
+
+def compose(
+    parameters: dict[str, Tensor], hidden: Tensor, state: MambaState
+) -> tuple[Tensor, MambaState]:
+    """The block written out with the reference ops; softplus, D and the gate are plain PyTorch."""
+    p = parameters
+    inputs, z = F.linear(hidden, p["in_proj.weight"], p.get("in_proj.bias")).chunk(2, dim=-1)
+    x, conv = reference.causal_conv1d(
+        inputs,
+        p["conv1d.weight"][:, 0],
+        bias=p.get("conv1d.bias"),
+        initial_state=state.conv,
+        return_final_state=True,
+    )
+    x = F.silu(x)
+    rank, d_state = p["dt_proj.weight"].shape[1], p["A_log"].shape[1]
+    dt, B, C = F.linear(x, p["x_proj.weight"]).split([rank, d_state, d_state], dim=-1)
+    delta = F.softplus(F.linear(dt, p["dt_proj.weight"], p["dt_proj.bias"]))
+    y, ssm = reference.selective_scan(
+        x, delta, -p["A_log"].exp(), B, C, initial_state=state.ssm, return_final_state=True
+    )
+    y = ((y + p["D"] * x) * F.silu(z)).to(x.dtype)
+    return F.linear(y, p["out_proj.weight"], p.get("out_proj.bias")), MambaState(conv, ssm)
+
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a sum of the outputs with fixed random weights; zeros for an unused input."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs
+    ]
+    return torch.autograd.grad(outputs, inputs, weights, materialize_grads=True, retain_graph=True)
+
+
+def trained(block: MambaBlock, *others: Tensor) -> list[Tensor]:
+    return [*block.parameters(), *others]
+
+
+# Construction
+
+
+def mamba_ssm_shapes(
+    d_model: int, d_state: int, d_conv: int, dt_rank: int, bias: bool, conv_bias: bool
+) -> dict[str, tuple[int, ...]]:
+    """The state_dict of mamba-ssm's Mamba with expand=2."""
+    d_inner = 2 * d_model
+    shapes: dict[str, tuple[int, ...]] = {
+        "A_log": (d_inner, d_state),
+        "D": (d_inner,),
+        "in_proj.weight": (2 * d_inner, d_model),
+        "conv1d.weight": (d_inner, 1, d_conv),
+        "x_proj.weight": (dt_rank + 2 * d_state, d_inner),
+        "dt_proj.weight": (d_inner, dt_rank),
+        "dt_proj.bias": (d_inner,),
+        "out_proj.weight": (d_model, d_inner),
+    }
+    if conv_bias:
+        shapes["conv1d.bias"] = (d_inner,)
+    if bias:
+        shapes |= {"in_proj.bias": (2 * d_inner,), "out_proj.bias": (d_model,)}
+    return shapes
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("conv_bias", [False, True])
+def test_loads_mamba_ssm_state_dict(bias: bool, conv_bias: bool) -> None:
+    shapes = mamba_ssm_shapes(20, 7, 3, 2, bias, conv_bias)
+    block = MambaBlock(20, d_state=7, d_conv=3, bias=bias, conv_bias=conv_bias)
+    assert {name: tuple(t.shape) for name, t in block.state_dict().items()} == shapes
+    checkpoint = {name: torch.randn(shape) for name, shape in shapes.items()}
+    block.load_state_dict(checkpoint, strict=True)
+    for name, parameter in block.named_parameters():
+        assert torch.equal(parameter, checkpoint[name])
+
+
+def test_sizes_derive_from_d_model() -> None:
+    block = MambaBlock(33)
+    assert (block.d_inner, block.dt_rank, block.d_state, block.d_conv) == (66, 3, 16, 4)
+    assert MambaBlock(33, expand=1.5).d_inner == 49
+    assert MambaBlock(33, d_inner=10).in_proj.weight.shape == (20, 33)
+    assert MambaBlock(33, layer_idx=7).layer_idx == 7
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    block = MambaBlock(512, d_state=8, dt_scale=0.5)
+    assert torch.equal(block.A_log, torch.arange(1.0, 9.0).log().expand(1024, 8))
+    assert torch.equal(block.D, torch.ones(1024))
+
+    bound = 0.5 * 32**-0.5
+    weight = block.dt_proj.weight
+    assert weight.abs().max() <= bound
+    # Uniform: the standard deviation is bound / sqrt(3); 32,768 draws estimate it within 1 %.
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+    dt = F.softplus(block.dt_proj.bias.double())
+    # The bias is rounded to float32, which moves dt by its relative precision at most.
+    assert dt.min() >= 0.001 * (1 - 1e-5)
+    assert dt.max() <= 0.1 * (1 + 1e-5)
+    # Log-uniform: the quartiles of 1,024 draws lie within 0.05 of the range (5 deviations).
+    position = (dt.log() - math.log(0.001)) / math.log(100)
+    quartiles = position.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    assert quartiles.tolist() == pytest.approx([0.25, 0.5, 0.75], abs=0.08)
+
+    assert block.dt_proj.bias._no_reinit
+    assert block.A_log._no_weight_decay
+    assert block.D._no_weight_decay
+
+
+def test_initial_values_follow_the_options() -> None:
+    block = MambaBlock(32, dt_rank=4, dt_init="constant", dt_min=1e-5, dt_init_floor=0.02)
+    assert torch.equal(block.dt_proj.weight, torch.full((64, 4), 0.5))
+    dt = F.softplus(block.dt_proj.bias)
+    assert dt.min().item() == pytest.approx(0.02, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_scan_parameters_and_states_are_at_least_float32(dtype: torch.dtype) -> None:
+    block = MambaBlock(8, dtype=dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    for name, parameter in block.named_parameters():
+        assert parameter.dtype is (wide if name in ("A_log", "D") else dtype)
+    for state in (*block.allocate_state(2), *block.allocate_state(2, dtype=dtype)):
+        assert state.dtype is wide
+        assert not state.any()
+    assert block.allocate_state(2, dtype=torch.float64).ssm.dtype is torch.float64
+    assert block.allocate_state(2, device="meta").conv.is_meta
+
+
+def test_allocated_state_shapes() -> None:
+    state = MambaBlock(8, d_state=3, d_conv=5).allocate_state(2)
+    assert isinstance(state, MambaState)
+    assert state.conv.shape == (2, 4, 16)
+    assert state.ssm.shape == (2, 16, 3)
+
+
+def test_default_dtype_is_honoured() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        block = MambaBlock(8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in block.parameters()} == {torch.float64}
+
+
+def test_meta_construction_then_reset() -> None:
+    block = MambaBlock(8, device="meta")
+    assert all(p.is_meta for p in block.parameters())
+    assert block(torch.empty(2, 3, 8, device="meta")).shape == (2, 3, 8)
+    block.to_empty(device="cpu")
+    block.reset_parameters()
+    torch.testing.assert_close(block.A_log, torch.arange(1.0, 17.0).log().expand(16, 16))
+    assert block.dt_proj.bias._no_reinit
+    assert block(torch.randn(2, 3, 8)).isfinite().all()
+
+
+def test_interface() -> None:
+    block = MambaBlock(8, d_state=3, d_conv=2)
+    assert block.op_type == "MambaBlock"
+    assert block.output_shape == [-1, -1, 8]
+    assert block.attributes == {
+        "d_model": 8,
+        "d_inner": 16,
+        "d_state": 3,
+        "dt_rank": 1,
+        "kernel_size": 2,
+    }
+    assert block.name == "mamba_block"
+    block.name = "encoder"
+    assert block.name == "encoder"
+    with pytest.raises(ValueError, match="name"):
+        block.name = ""
+    assert block.name == "encoder"
+    assert "d_model=8, d_inner=16, d_state=3, dt_rank=1, kernel_size=2" in repr(block)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("d_model", 0),
+        ("d_model", -4),
+        ("d_state", 0),
+        ("d_conv", 0),
+        ("expand", 0),
+        ("expand", -1.0),
+        ("dt_rank", 0),
+        ("dt_rank", "full"),
+        ("d_inner", 0),
+        ("d_inner", -8),
+        ("dt_min", 0.0),
+        ("dt_max", -0.1),
+        ("dt_max", 1e-4),
+        ("dt_init_floor", 0.0),
+        ("dt_init", "zeros"),
+    ],
+)
+def test_bad_constructor_argument(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^MambaBlock: {argument} .*{value}"):
+        MambaBlock(**({"d_model": 8} | {argument: value}))
+
+
+def test_expand_too_small_for_one_channel() -> None:
+    with pytest.raises(ValueError, match="d_inner must be positive"):
+        MambaBlock(4, expand=0.1)
+
+
+def bad_state(block: MambaBlock, **replaced: Tensor) -> MambaState:
+    return block.allocate_state(2)._replace(**replaced)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: b(torch.zeros(2, 8)), r"hidden_states must be .*d_model=8\); got \(2, 8\)"),
+        (lambda b: b(torch.zeros(2, 3, 7)), r"hidden_states must be .*; got \(2, 3, 7\)"),
+        (
+            lambda b: b(torch.zeros(2, 3, 8), bad_state(b, conv=torch.zeros(2, 4, 16))),
+            r"state.conv must be \(batch=2, inputs=3, d_inner=16\); got \(2, 4, 16\)",
+        ),
+        (
+            lambda b: b(torch.zeros(2, 3, 8), bad_state(b, ssm=torch.zeros(2, 16, 4))),
+            r"state.ssm must be \(batch=2, d_inner=16, d_state=16\); got \(2, 16, 4\)",
+        ),
+        (lambda b: b(torch.zeros(3, 3, 8), b.allocate_state(2)), r"state.conv must be \(batch=3"),
+        (
+            lambda b: b(
+                torch.zeros(1, 5, 8), b.allocate_state(2), cu_seqlens=torch.tensor([0, 1, 3, 5])
+            ),
+            r"state.conv must be \(batch=3",
+        ),
+        (
+            lambda b: b(torch.zeros(2, 3, 8), attention_mask=torch.ones(2, 4, dtype=torch.bool)),
+            r"attention_mask must be \(batch=2, length=3\); got \(2, 4\)",
+        ),
+        (
+            lambda b: b(torch.zeros(2, 3, 8), attention_mask=torch.ones(2, 3)),
+            "attention_mask must be bool or integer; got torch.float32",
+        ),
+        (
+            lambda b: b(
+                torch.zeros(1, 3, 8),
+                attention_mask=torch.ones(1, 3, dtype=torch.bool),
+                cu_seqlens=torch.tensor([0, 3]),
+            ),
+            "attention_mask and cu_seqlens",
+        ),
+        (
+            lambda b: b.step(torch.zeros(2, 1, 8), b.allocate_state(2)),
+            r"hidden_states must be \(batch, d_model=8\); got \(2, 1, 8\)",
+        ),
+        (lambda b: b.step(torch.zeros(2, 7), b.allocate_state(2)), r"got \(2, 7\)"),
+        (lambda b: b.step(torch.zeros(3, 8), b.allocate_state(2)), r"state.conv must be \(batch=3"),
+        (
+            lambda b: b.step(torch.zeros(2, 8), bad_state(b, ssm=torch.zeros(2, 16))),
+            r"state.ssm must be .*; got \(2, 16\)",
+        ),
+    ],
+)
+def test_bad_call(call: Callable[[MambaBlock], object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^MambaBlock: .*{message}"):
+        call(MambaBlock(8))
+
+
+def test_bad_step_leaves_the_state_alone() -> None:
+    block = MambaBlock(8)
+    state = bad_state(block, conv=torch.ones(2, 3, 16), ssm=torch.zeros(2, 16, 4))
+    with pytest.raises(ValueError, match=r"state\.ssm"):
+        block.step(torch.zeros(2, 8), state)
+    assert torch.equal(state.conv, torch.ones(2, 3, 16))
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": True},
+        {"conv_bias": False},
+        {"d_state": 1, "d_conv": 1, "dt_rank": 1, "d_inner": 1, "d_model": 1},
+        {"d_state": 16, "d_conv": 2, "expand": 1},
+    ],
+)
+@pytest.mark.parametrize("length", [0, 1, 2, 19])
+def test_forward_is_the_composition(options: dict[str, int], length: int) -> None:
+    block = make_block(**options)
+    hidden = torch.randn(2, length, block.d_model, dtype=torch.float64, requires_grad=True)
+    state = random_state(block, 2)
+    y, (conv, ssm) = block(hidden, state, return_state=True)
+    expected_y, (expected_conv, expected_ssm) = compose(
+        dict(block.named_parameters()), hidden, state
+    )
+    actual, expected = [y, conv, ssm], [expected_y, expected_conv, expected_ssm]
+    assert_same(actual, expected)
+    inputs = trained(block, hidden, *state)
+    assert_same(gradients(actual, inputs), gradients(expected, inputs))
+
+
+def test_no_state_is_a_state_of_zeros() -> None:
+    block = make_block()
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64)
+    assert torch.equal(block(hidden), block(hidden, block.allocate_state(2)))
+
+
+def test_empty_batch() -> None:
+    y, state = make_block()(torch.zeros(0, 5, 6, dtype=torch.float64), return_state=True)
+    assert y.shape == (0, 5, 6)
+    assert state.conv.shape == (0, 3, 12)
+    assert state.ssm.shape == (0, 12, 5)
+
+
+def test_forward_leaves_the_state_as_it_was() -> None:
+    block = make_block()
+    state = random_state(block, 2)
+    before = [s.detach().clone() for s in state]
+    _, new_state = block(torch.randn(2, 3, 6, dtype=torch.float64), state, return_state=True)
+    for old, kept, new in zip(before, state, new_state, strict=True):
+        assert torch.equal(old, kept)
+        assert not torch.equal(old, new)
+
+
+# Streaming
+
+PIECES = [
+    [19],
+    [1, 18],
+    [7, 0, 12],
+    # Shorter than the convolution's state.
+    [2, 1, 2, 14],
+]
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_pieces_give_the_whole(pieces: list[int]) -> None:
+    block = make_block()
+    hidden = torch.randn(2, 19, 6, dtype=torch.float64, requires_grad=True)
+    state = random_state(block, 2)
+    y, last = block(hidden, state, return_state=True)
+    outputs, carried = [], state
+    for piece in hidden.split(pieces, dim=1):
+        y_piece, carried = block(piece, carried, return_state=True)
+        outputs.append(y_piece)
+    whole, streamed = [y, *last], [torch.cat(outputs, dim=1), *carried]
+    assert_same(streamed, whole)
+    inputs = trained(block, hidden, *state)
+    assert_same(gradients(streamed, inputs), gradients(whole, inputs))
+
+
+def test_truncated_bptt_stops_at_the_detached_state() -> None:
+    block = make_block()
+    hidden = torch.randn(2, 11, 6, dtype=torch.float64, requires_grad=True)
+    _, state = block(hidden[:, :5], return_state=True)
+    y = block(hidden[:, 5:], MambaState(*(s.detach() for s in state)))
+
+    # The same by the composition, from a state that is a constant.
+    constant = MambaState(*(s.detach().clone() for s in state))
+    expected, _ = compose(dict(block.named_parameters()), hidden[:, 5:], constant)
+    inputs = trained(block, hidden)
+    actual_gradients = gradients([y], inputs)
+    assert_same(actual_gradients, gradients([expected], inputs))
+    assert not actual_gradients[-1][:, :5].any()
+
+
+@pytest.mark.parametrize("spread_delta", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"conv_bias": False}, {"d_conv": 1}])
+def test_steps_give_the_whole(options: dict[str, int], spread_delta: bool) -> None:
+    block = make_block(**options)
+    if spread_delta:
+        # On both sides of softplus' threshold and far below zero.
+        with torch.no_grad():
+            block.dt_proj.bias.copy_(torch.linspace(-30, 25, block.d_inner))
+    hidden = torch.randn(2, 9, 6, dtype=torch.float64)
+    y, last = block(hidden, return_state=True)
+    _, state = block(hidden[:, :4], return_state=True)
+    storage = [s.data_ptr() for s in state]
+    steps = [block.step(hidden[:, t], state) for t in range(4, 9)]
+    assert_same(torch.stack(steps, dim=1), y[:, 4:])
+    assert_same(list(state), list(last))
+    assert [s.data_ptr() for s in state] == storage
+    assert not any(step.requires_grad for step in steps)
+
+
+# Padding
+
+MASK = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1, 1, 1],
+        [1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0],
+    ]
+)
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank update beside it, as LoRA makes."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        like = {"dtype": base.weight.dtype}
+        self.down = nn.Linear(base.in_features, 2, bias=False, **like)
+        self.up = nn.Linear(2, base.out_features, bias=False, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("mask_type", [torch.bool, torch.int64, torch.uint8])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_padded_rows_are_the_rows_alone(
+    with_state: bool, mask_type: torch.dtype, adapted: bool
+) -> None:
+    block = make_block(bias=True)
+    if adapted:
+        block.dt_proj = Adapted(block.dt_proj)
+    rows, length = MASK.shape
+    hidden = torch.randn(rows, length, 6, dtype=torch.float64)
+    hidden[MASK == 0] = torch.nan
+    hidden.requires_grad_()
+    state = random_state(block, rows) if with_state else None
+    y, last = block(hidden, state, attention_mask=MASK.to(mask_type), return_state=True)
+    assert not y[MASK == 0].any()
+    assert torch.equal(
+        y, block(hidden, state, attention_mask=MASK.to(mask_type), return_state=False)
+    )
+
+    alone: list[list[Tensor]] = []
+    for row in range(rows):
+        row_state = None if state is None else MambaState(*(s[row : row + 1] for s in state))
+        y_row, last_row = block(hidden[row, MASK[row] == 1][None], row_state, return_state=True)
+        alone.append([y_row[0], *last_row])
+    expected = [torch.cat(column) for column in zip(*alone, strict=True)]
+    actual = [y[MASK == 1], *last]
+    assert_same(actual, expected)
+    inputs = trained(block, hidden, *(state or ()))
+    actual_gradients = gradients(actual, inputs)
+    assert_same(actual_gradients, gradients(expected, inputs))
+    hidden_gradient = actual_gradients[len(list(block.parameters()))]
+    assert not hidden_gradient[MASK == 0].any()
+
+
+def test_state_passes_padding_unchanged() -> None:
+    block = make_block(dtype=torch.float32)
+    state = random_state(block, 2)
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    _, last = block(torch.randn(2, 5, 6), state, attention_mask=mask, return_state=True)
+    assert torch.equal(last.conv, state.conv)
+    assert torch.equal(last.ssm, state.ssm)
+
+
+@pytest.mark.parametrize("d_conv", [1, 4])
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_padding_of_short_rows(d_conv: int, length: int) -> None:
+    block = make_block(d_conv=d_conv)
+    hidden = torch.randn(2, length, 6, dtype=torch.float64)
+    state = random_state(block, 2)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    expected = block(hidden, state, return_state=True)
+    actual = block(hidden, state, attention_mask=mask, return_state=True)
+    assert_same([actual[0], *actual[1]], [expected[0], *expected[1]])
+
+
+def test_padding_needs_no_values_on_the_host() -> None:
+    block = make_block(device="meta")
+    hidden = torch.empty(2, 5, 6, dtype=torch.float64, device="meta")
+    mask = torch.empty(2, 5, dtype=torch.bool, device="meta")
+    y, state = block(hidden, attention_mask=mask, return_state=True)
+    assert y.is_meta
+    assert y.shape == (2, 5, 6)
+    assert state.conv.shape == (2, 3, 12)
+    assert state.ssm.shape == (2, 12, 5)
+
+
+# Packed sequences
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_packed_sequences_are_the_sequences_alone(with_state: bool) -> None:
+    block = make_block(bias=True)
+    lengths = [5, 0, 1, 8, 2]
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    hidden = torch.randn(1, sum(lengths), 6, dtype=torch.float64, requires_grad=True)
+    state = random_state(block, len(lengths)) if with_state else None
+    y, last = block(hidden, state, cu_seqlens=cu_seqlens, return_state=True)
+    alone: list[list[Tensor]] = []
+    for s, sequence in enumerate(hidden.split(lengths, dim=1)):
+        row_state = None if state is None else MambaState(*(t[s : s + 1] for t in state))
+        y_row, last_row = block(sequence, row_state, return_state=True)
+        alone.append([y_row[0], *last_row])
+    expected = [torch.cat(column) for column in zip(*alone, strict=True)]
+    actual = [y[0], *last]
+    assert_same(actual, expected)
+    inputs = trained(block, hidden, *(state or ()))
+    assert_same(gradients(actual, inputs), gradients(expected, inputs))
+
+
+def test_nan_stays_in_its_packed_sequence() -> None:
+    block = make_block()
+    hidden = torch.randn(1, 9, 6, dtype=torch.float64)
+    hidden[:, 3:5] = torch.nan
+    y = block(hidden, cu_seqlens=torch.tensor([0, 3, 5, 9]))
+    assert y[:, :3].isfinite().all()
+    assert y[:, 5:].isfinite().all()
+    assert y[:, 3:5].isnan().all()
+
+
+# Types
+
+
+def assert_as_good_as(actual: Tensor, baseline: Tensor, exact: Tensor, name: str) -> None:
+    """actual's largest and RMS error at most twice those of the same-precision baseline."""
+    if actual.dtype is torch.float64:
+        assert_same(actual, exact)
+        return
+    # Where the baseline happens to be exact, two roundings of the type are still right.
+    floor = 2 * torch.finfo(baseline.dtype).eps * exact.abs().max().item()
+    errors = {"actual": actual.double() - exact, "baseline": baseline.double() - exact}
+    for measure in (lambda e: e.abs().max().item(), lambda e: e.square().mean().sqrt().item()):
+        error, allowed = measure(errors["actual"]), 2 * measure(errors["baseline"]) + floor
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["built", "converted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_types(dtype: torch.dtype, converted: bool) -> None:
+    options = {"d_model": 32, "d_state": 16, "bias": True}
+    block = make_block(dtype=dtype, **options)
+    if converted:
+        block = make_block(dtype=torch.float32, **options).to(dtype)
+    assert block.A_log.dtype is (dtype if converted else torch.promote_types(dtype, torch.float32))
+    hidden = torch.randn(2, 33, 32, dtype=dtype, requires_grad=True)
+    y, state = block(hidden, return_state=True)
+    assert y.dtype is dtype
+    assert {s.dtype for s in state} == {torch.promote_types(dtype, torch.float32)}
+
+    names = [*(name for name, _ in block.named_parameters()), "hidden_states"]
+    inputs = trained(block, hidden)
+    zeros = block.allocate_state(2)
+    baseline = compose(dict(block.named_parameters()), hidden, zeros)[0]
+    wide = {name: p.detach().double().requires_grad_() for name, p in block.named_parameters()}
+    wide_hidden = hidden.detach().double().requires_grad_()
+    wide_zeros = MambaState(*(s.double() for s in zeros))
+    exact = compose(wide, wide_hidden, wide_zeros)[0]
+
+    assert_as_good_as(y, baseline, exact, "y")
+    for name, a, b, e in zip(
+        names,
+        gradients([y], inputs),
+        gradients([baseline], inputs),
+        gradients([exact], [*wide.values(), wide_hidden]),
+        strict=True,
+    ):
+        assert_as_good_as(a, b, e, name)
+
+    step_state = block.allocate_state(2)
+    steps = torch.stack([block.step(hidden[:, t], step_state) for t in range(33)], dim=1)
+    assert steps.dtype is dtype
+    assert_as_good_as(steps, baseline, exact, "step")
+
+
+def test_float32_delta_bias_survives_bfloat16() -> None:
+    """A large bias with a small projected delta: their bfloat16 sum loses the delta."""
+    block = make_block(dtype=torch.bfloat16)
+    block.dt_proj.bias = nn.Parameter(torch.full((12,), -4.003))
+    assert block.dt_proj.bias.dtype is torch.float32
+    y = block(torch.randn(2, 5, 6, dtype=torch.bfloat16))
+    assert y.dtype is torch.bfloat16
+    assert y.isfinite().all()
+    y.sum().backward()
+    assert block.dt_proj.bias.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_autocast(padded: bool) -> None:
+    block = make_block(d_model=32, d_state=16, dtype=torch.float32)
+    hidden = torch.randn(2, 17, 32, requires_grad=True)
+    mask = torch.ones(2, 17, dtype=torch.bool)
+    if padded:
+        mask[1, :4] = False
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = block(hidden, attention_mask=mask if padded else None, return_state=True)
+        step_state = block.allocate_state(2)
+        steps = torch.stack([block.step(hidden[:, t], step_state) for t in range(17)], dim=1)
+    assert y.dtype is torch.bfloat16
+    assert steps.dtype is torch.bfloat16
+    assert {s.dtype for s in (*state, *step_state)} == {torch.float32}
+    expected = block(hidden, attention_mask=mask)
+    # Four bfloat16 matrix products and as many roundings between them, each of 2^-9.
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=0.03 * scale)
+    torch.testing.assert_close(steps[0].float(), expected[0], rtol=0, atol=0.03 * scale)
+    for actual, wanted in zip(
+        gradients([y], trained(block, hidden)),
+        gradients([expected], trained(block, hidden)),
+        strict=True,
+    ):
+        assert actual.dtype is torch.float32
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
+
+
+# Layers that are not plain nn.Linear
+
+
+@pytest.mark.parametrize("layer", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_adapted_layers_are_called(layer: str) -> None:
+    block = make_block()
+    adapted = copy.deepcopy(block)
+    wrapped = Adapted(getattr(adapted, layer))
+    setattr(adapted, layer, wrapped)
+    with torch.no_grad():
+        getattr(block, layer).weight.add_(wrapped.up.weight @ wrapped.down.weight)
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64)
+    y = adapted(hidden)
+    assert_same(y, block(hidden))
+    assert all(g.any() for g in gradients([y], list(wrapped.parameters())))
+    assert_same(adapted.step(hidden[:, 0], adapted.allocate_state(2)), y[:, 0])
+
+
+@pytest.mark.parametrize("layer", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_run(layer: str, kind: str) -> None:
+    block = make_block()
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64)
+    expected = block(hidden)
+    calls = []
+    register = getattr(getattr(block, layer), f"register_{kind}_hook")
+    register(lambda *arguments: calls.append(kind))
+    y = block(hidden)
+    y.sum().backward()
+    assert calls == [kind]
+    assert_same(y, expected)
+
+
+def test_replaced_forward_runs() -> None:
+    """Some libraries swap a layer's forward on the instance, for offloading for example."""
+    block = make_block()
+    block.dt_proj.forward = lambda dt: torch.full((*dt.shape[:-1], 12), -1e9, dtype=dt.dtype)
+    with torch.no_grad():
+        block.D.zero_()
+    assert not block(torch.randn(2, 7, 6, dtype=torch.float64)).any()
+
+
+def test_dt_proj_without_bias() -> None:
+    block = make_block()
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64)
+    with torch.no_grad():
+        block.dt_proj.bias.zero_()
+    expected = block(hidden)
+    block.dt_proj.bias = None
+    assert_same(block(hidden), expected)
+
+
+# PyTorch around the block
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda b: pickle.loads(pickle.dumps(b))])
+def test_copies(copy_of: Callable[[MambaBlock], MambaBlock]) -> None:
+    block = make_block()
+    block.name = "encoder"
+    other = copy_of(block)
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64)
+    assert torch.equal(other(hidden), block(hidden))
+    assert other.name == "encoder"
+    with torch.no_grad():
+        other.D.zero_()
+    assert block.D.any()
+
+
+def test_functional_call_and_grad() -> None:
+    block = make_block()
+    hidden = torch.randn(2, 7, 6, dtype=torch.float64)
+    parameters = dict(block.named_parameters())
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(block, parameters, (hidden,)).square().sum()
+
+    actual = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    assert_same(list(actual.values()), list(expected))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_compile(adapted: bool) -> None:
+    block = make_block(bias=True)
+    if adapted:
+        block.dt_proj = Adapted(block.dt_proj)
+    torch.compiler.reset()
+    # One case goes through the default code generator, which is slow to compile.
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager" if adapted else "inductor")
+    hidden = torch.randn(5, 7, 6, dtype=torch.float64, requires_grad=True)
+    state = random_state(block, 5)
+    inputs = trained(block, hidden, *state)
+    y, last = compiled(hidden, state, attention_mask=MASK, return_state=True)
+    expected_y, expected_last = block(hidden, state, attention_mask=MASK, return_state=True)
+    actual, expected = [y, *last], [expected_y, *expected_last]
+    assert_same(actual, expected)
+    assert_same(gradients(actual, inputs), gradients(expected, inputs))
+
+
+def test_compile_packed() -> None:
+    block = make_block()
+    torch.compiler.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    hidden = torch.randn(1, 9, 6, dtype=torch.float64, requires_grad=True)
+    cu_seqlens = torch.tensor([0, 3, 3, 9])
+    y = compiled(hidden, cu_seqlens=cu_seqlens)
+    expected = block(hidden, cu_seqlens=cu_seqlens)
+    assert_same(y, expected)
+    inputs = trained(block, hidden)
+    assert_same(gradients([y], inputs), gradients([expected], inputs))
+
+
+def test_compile_step() -> None:
+    block = make_block()
+    torch.compiler.reset()
+    compiled = torch.compile(block.step, fullgraph=True, backend="aot_eager")
+    hidden = torch.randn(2, 3, 6, dtype=torch.float64)
+    state, expected_state = block.allocate_state(2), block.allocate_state(2)
+    for t in range(3):
+        expected = block.step(hidden[:, t], expected_state)
+        assert_same(compiled(hidden[:, t], state), expected)
+    assert_same(list(state), list(expected_state))
+
+
+def test_export() -> None:
+    block = make_block()
+    shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=4096)}
+    program = torch.export.export(
+        block,
+        (torch.randn(2, 7, 6, dtype=torch.float64),),
+        {"attention_mask": torch.ones(2, 7, dtype=torch.bool)},
+        dynamic_shapes={"hidden_states": shape, "attention_mask": shape},
+    )
+    hidden = torch.randn(*MASK.shape, 6, dtype=torch.float64)[:, 1:]
+    mask = MASK[:, 1:] == 1
+    assert_same(program.module()(hidden, attention_mask=mask), block(hidden, attention_mask=mask))
+
+
+# Other implementations
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_transformers_mixer(bias: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        hidden_size=16,
+        state_size=6,
+        conv_kernel=4,
+        time_step_rank=3,
+        num_hidden_layers=1,
+        use_bias=bias,
+        use_conv_bias=bias,
+    )
+    mixer = MambaMixer(config, layer_idx=0)
+    block = MambaBlock(16, d_state=6, dt_rank=3, bias=bias, conv_bias=bias)
+    block.load_state_dict(mixer.state_dict(), strict=True)
+    mixer.load_state_dict(block.state_dict(), strict=True)
+
+    hidden = torch.randn(2, 21, 16, requires_grad=True)
+    expected, actual = mixer(hidden), block(hidden)
+    # float32 sums over 21 steps, 6 states and 32 channels in another order.
+    assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    assert_close(actual, expected)
+    named = dict(mixer.named_parameters())
+    theirs = gradients([expected], [*(named[n] for n, _ in block.named_parameters()), hidden])
+    assert_close(gradients([actual], trained(block, hidden)), theirs)
