@@ -36,7 +36,8 @@ lint: $(VENV)/installed-lint
 	    xargs $(bin)/clang-format --dry-run -Werror
 
 sanitize: $(VENV)/requirements
-	$(bin)/cmake -S . -B build/sanitize -DMAMBABLOCK_SANITIZE=ON
+	$(bin)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
+	    -DMAMBABLOCK_SANITIZE=ON
 	$(bin)/cmake --build build/sanitize --parallel $(or $(MAX_JOBS),$(shell nproc))
 	$(bin)/ctest --test-dir build/sanitize --output-on-failure
 

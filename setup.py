@@ -40,49 +40,46 @@ def find_torch() -> Path:
     return torch
 
 
+def run(*command: str) -> None:
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"mambablock: failed: {shlex.join(command)}")
+
+
 class CMakeBuild(build_ext):
     """Builds all libraries into the folder that setuptools has chosen for the extension module."""
 
     def run(self) -> None:
         torch = find_torch()
         pybind11 = package_folder("pybind11")
-        # torch ships pybind11's headers too.
-        pybind11_include = (torch if pybind11 is None else pybind11) / "include"
         cmake = find_program("cmake")
         if cmake is None:
             raise SystemExit("mambablock: found no cmake; `pip install cmake` provides it")
-        compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-        if shutil.which(compiler) is None:
+        compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+        if not any(shutil.which(compiler) for compiler in compilers):
             raise SystemExit(
-                f"mambablock: found no C++ compiler `{compiler}`; install g++ 11 or newer, or set CXX"
+                f"mambablock: found no C++ compiler ({', '.join(compilers)}); install g++ 11 or "
+                "newer, or set CXX"
             )
 
         ninja = find_program("ninja")
-        generator = ["-G", "Unix Makefiles"]
-        if ninja is not None:
-            generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        build = (
-            SOURCE / "build" / f"{sys.implementation.cache_tag}-{generator[1].split()[-1].lower()}"
-        )
+        generator = "Unix Makefiles" if ninja is None else "Ninja"
+        build = f"{SOURCE}/build/{sys.implementation.cache_tag}-{generator.split()[-1].lower()}"
         output = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
+        run(
+            *(cmake, "-S", str(SOURCE), "-B", build, "-G", generator),
+            *([] if ninja is None else [f"-DCMAKE_MAKE_PROGRAM={ninja}"]),
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DTORCH_ROOT={torch}",
+            # torch ships pybind11's headers too.
+            f"-DPYBIND11_INCLUDE={pybind11 or torch}/include",
+            f"-DMAMBABLOCK_CUDA={os.environ.get('MAMBABLOCK_CUDA', 'AUTO')}",
+        )
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        run(cmake, "--build", build, "--parallel", jobs)
         # An install only adds: without this, a CUDA library outlives its build.
         for library in output.glob("libmambablock*.so"):
             library.unlink()
-        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        configure = [
-            *[cmake, "-S", str(SOURCE), "-B", str(build), *generator],
-            f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DTORCH_ROOT={torch}",
-            f"-DPYBIND11_INCLUDE={pybind11_include}",
-            f"-DMAMBABLOCK_CUDA={os.environ.get('MAMBABLOCK_CUDA', 'AUTO')}",
-        ]
-        for command in (
-            configure,
-            [cmake, "--build", str(build), "--parallel", jobs],
-            [cmake, "--install", str(build), "--prefix", str(output)],
-        ):
-            if subprocess.run(command).returncode != 0:
-                raise SystemExit(f"mambablock: failed: {shlex.join(command)}")
+        run(cmake, "--install", build, "--prefix", str(output))
 
 
 setup(ext_modules=[Extension("mambablock._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import mambablock
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mambablock
 from conftest import (
     LOW_PRECISION,
     assert_as_exact_as_pytorch,
@@ -15,10 +19,7 @@ from conftest import (
     boundaries,
     gradients,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mambablock import reference
-from torch import Tensor
 
 OPTIONS: dict[str, Any] = {"delta_softplus": True, "return_final_state": True}
 

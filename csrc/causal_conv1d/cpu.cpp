@@ -87,7 +87,8 @@ class Item {
 
 // The convolution's output at the tile's row `row`, whose last tap is the input at `row` + W - 1.
 template <int Width, class V>
-[[gnu::always_inline]] inline V convolve(const ScalarOf<V>* x, const V* weight, int64_t width, V sum) {
+[[gnu::always_inline]] inline V convolve(const ScalarOf<V>* x, const V* weight, int64_t width,
+                                         V sum) {
   const int64_t taps = Width > 0 ? Width : width;
   for (int64_t tap = 0; tap < taps; ++tap) {
     sum += weight[tap] * load_vector<V>(x + tap * VectorTraits<V>::lanes);
@@ -146,8 +147,8 @@ void forward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
   }
 }
 
-// dx at step t sums weight[tap] dpre at t + W-1-tap, dpre being the gradient before the SiLU; so the
-// tile of dpre reaches W-1 steps past the segment's end.
+// dx at step t sums weight[tap] dpre at t + W-1-tap, dpre being the gradient before the SiLU; so
+// the tile of dpre reaches W-1 steps past the segment's end.
 template <class T>
 void backward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
   using A = Accumulator<T>;
@@ -164,9 +165,8 @@ void backward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
   auto* weight = reinterpret_cast<V*>(scratch.take(width * lanes));
   auto* dweight = reinterpret_cast<V*>(scratch.take(width * lanes));
   const int64_t steps = segment.end - segment.begin;
-  const int64_t after = segment.sequence_end - segment.end < around
-                            ? segment.sequence_end - segment.end
-                            : around;
+  const int64_t after =
+      segment.sequence_end - segment.end < around ? segment.sequence_end - segment.end : around;
   // A segment that begins its sequence also gives the gradient of the W-1 inputs before it.
   const int64_t before = segment.starts() ? around : 0;
   for (int64_t row = 0; row < around + steps + after; ++row) {
@@ -176,8 +176,7 @@ void backward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
                dpre + around * lanes, capacity);
   // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
   for (int64_t row = 0; row < before + steps; ++row) {
-    const int64_t in_state =
-        segment.begin - before + row - (segment.sequence_end - around);
+    const int64_t in_state = segment.begin - before + row - (segment.sequence_end - around);
     item.load_state(in_state >= 0 ? p.dfinal_state : nullptr, in_state, dstate + row * lanes,
                     capacity);
   }

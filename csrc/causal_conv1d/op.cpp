@@ -127,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   run(MAMBABLOCK_SELECT(causal_conv1d_backward), p);
   const Tensor dweight = torch::stable::contiguous(torch::stable::transpose(
       sum_partials(dweight_partial, partials, call.transposed_weight), 0, 1));
-  const Tensor dbias = bias ? sum_partials(dbias_partial, partials, *bias)
-                            : torch::stable::new_empty(x, {0});
+  const Tensor dbias =
+      bias ? sum_partials(dbias_partial, partials, *bias) : torch::stable::new_empty(x, {0});
   return {dx, dweight, dbias, dinitial_state};
 }
 

@@ -17,9 +17,9 @@ struct CausalConv1dParams {
   int64_t batch, length, channels, width;
   bool silu;
 
-  Strided3 x;           // (B, L, D)
-  const void* weight;   // (W, D) contiguous
-  const void* bias;     // (D)
+  Strided3 x;                 // (B, L, D)
+  const void* weight;         // (W, D) contiguous
+  const void* bias;           // (D)
   const void* initial_state;  // (B|S, W-1, D) contiguous
 
   const Segment* segments;  // of one row

@@ -27,7 +27,8 @@ Tensor causal_conv1d_update(Tensor state, Tensor x, Tensor weight, OptionalTenso
   }
   CausalConv1dUpdateParams p{};
   p.state_dtype = checks.state("state", state);
-  if (state.dim() != 3) fail(checks.op(), "state", "(rows, d_conv - 1, d_inner)", shape_text(state));
+  if (state.dim() != 3)
+    fail(checks.op(), "state", "(rows, d_conv - 1, d_inner)", shape_text(state));
   checks.shape("state", state,
                {{"rows", state.size(0)}, {"d_conv - 1", width.value - 1}, channels});
   const std::vector<int64_t> rows = state_rows(checks, state_indices, x.size(0), state.size(0));

@@ -60,10 +60,7 @@ DType dtype_of(const char* op, const char* argument, ScalarType type) {
 
 Checks::Checks(const char* op, const char* argument, const Tensor& input, int64_t dimensions,
                const char* layout)
-    : op_(op),
-      input_name_(argument),
-      input_(input),
-      activation_type_(input.scalar_type()) {
+    : op_(op), input_name_(argument), input_(input), activation_type_(input.scalar_type()) {
   if (input.dim() != dimensions) fail(op, argument, layout, shape_text(input));
   dtype_ = dtype_of(op, argument, activation_type_);
   accumulator_type_ = dtype_ == DType::float64 ? ScalarType::Double : ScalarType::Float;

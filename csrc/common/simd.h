@@ -61,8 +61,8 @@ template <class V>
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const float finite = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t bits = (x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u
-                                                    : __builtin_bit_cast(uint32_t, finite);
+  const uint32_t bits =
+      (x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : __builtin_bit_cast(uint32_t, finite);
   return __builtin_bit_cast(float, bits | sign);
 #endif
 }
@@ -175,8 +175,7 @@ template <class T>
 inline void store_tile(const Strided3Out& output, int64_t batch, int64_t begin, int64_t steps,
                        int64_t channel, int64_t channels, const Accumulator<T>* tile,
                        int64_t capacity) {
-  T* target =
-      static_cast<T*>(output.data) + batch * output.batch + begin * output.time + channel;
+  T* target = static_cast<T*>(output.data) + batch * output.batch + begin * output.time + channel;
   for (int64_t step = 0; step < steps; ++step) {
     store_row(target + step * output.time, channels, tile + step * kLanes<Accumulator<T>>,
               capacity);

@@ -13,9 +13,9 @@ namespace mambablock {
 inline constexpr int64_t kTimeTile = 64;
 
 struct Segment {
-  int64_t begin, end;            // time steps of the row
-  int64_t sequence;              // which of the row's sequences
-  int64_t sequence_begin;        // where it begins in the row
+  int64_t begin, end;      // time steps of the row
+  int64_t sequence;        // which of the row's sequences
+  int64_t sequence_begin;  // where it begins in the row
   int64_t sequence_end;
   bool starts() const { return begin == sequence_begin; }
   bool ends() const { return end == sequence_end; }

@@ -107,8 +107,7 @@ void reverse_states(GradientTiles<T>& tiles, int64_t n, int64_t column) {
     V g_B_step = load_vector<V>(g_B + step * lanes), g_A_step = load_vector<V>(g_A + step * lanes);
     for (int i = 0; i < Count; ++i) {
       const int64_t at = (step * Count + i) * lanes;
-      const V previous =
-          step > 0 ? load_vector<V>(tiles.states + at - Count * lanes) : h_first[i];
+      const V previous = step > 0 ? load_vector<V>(tiles.states + at - Count * lanes) : h_first[i];
       const V g = dy_step * C[step * d_state + i] + a_g[i];
       store_vector(tiles.dB + at, V(load_vector<V>(tiles.dB + at) + g * dt_u_step));
       store_vector(tiles.dC + at, V(load_vector<V>(tiles.dC + at) + dy_step * h[i]));

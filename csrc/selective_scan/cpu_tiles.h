@@ -19,10 +19,10 @@ WorkItem work_item(const SelectiveScanParams& p, int64_t index) {
   const int64_t blocks = selective_scan_blocks_in_group(p), per_group = p.channels / p.groups;
   const int64_t block = index % blocks, group = index / blocks % p.groups;
   const int64_t first = block * kScanChannelBlock;
-  const int64_t channels = per_group - first < kScanChannelBlock ? per_group - first
-                                                                 : kScanChannelBlock;
-  return {index / blocks / p.groups,          group,    block, group * per_group + first, channels,
-          (channels + kLanes<A> - 1) / kLanes<A>};
+  const int64_t channels =
+      per_group - first < kScanChannelBlock ? per_group - first : kScanChannelBlock;
+  return {index / blocks / p.groups, group,    block,
+          group * per_group + first, channels, (channels + kLanes<A> - 1) / kLanes<A>};
 }
 
 // What forward and backward both keep for a work item. Per channel: vectors, one per column.
@@ -36,7 +36,8 @@ struct Tiles {
   static constexpr int64_t tile_size = kTimeTile * channel_slots;
 
   static int64_t scratch_size(int64_t d_state) {
-    return 6 * tile_size + 2 * channel_slots + 2 * d_state * channel_slots + 2 * d_state * kTimeTile;
+    return 6 * tile_size + 2 * channel_slots + 2 * d_state * channel_slots +
+           2 * d_state * kTimeTile;
   }
 
   Tiles(const SelectiveScanParams& p, const WorkItem& item, Scratch<A>& scratch)
@@ -76,8 +77,8 @@ struct Tiles {
 
   // B or C of the segment: [step][state].
   void load_states_input(const Strided4& input, const Segment& segment, A* target) {
-    const T* source = static_cast<const T*>(input.data) + item.batch * input.batch +
-                      item.group * input.group;
+    const T* source =
+        static_cast<const T*>(input.data) + item.batch * input.batch + item.group * input.group;
     for (int64_t t = segment.begin; t < segment.end; ++t) {
       for (int64_t n = 0; n < p.d_state; ++n) {
         *target++ = to_accumulator(source[t * input.time + n * input.state]);

@@ -128,10 +128,12 @@ void run(Kernel kernel, const SelectiveScanParams& p) {
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> selective_scan(
-    Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D, OptionalTensor z,
-    OptionalTensor delta_bias, OptionalTensor initial_state, OptionalTensor cu_seqlens,
-    bool delta_softplus, bool reverse, bool save_states) {
+std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B,
+                                                  Tensor C, OptionalTensor D, OptionalTensor z,
+                                                  OptionalTensor delta_bias,
+                                                  OptionalTensor initial_state,
+                                                  OptionalTensor cu_seqlens, bool delta_softplus,
+                                                  bool reverse, bool save_states) {
   Call call = checked_call("selective_scan", {u, delta, A, B, C, D, z, delta_bias, initial_state,
                                               cu_seqlens, delta_softplus, reverse});
   SelectiveScanParams& p = call.params;
@@ -171,9 +173,9 @@ Gradients selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tens
   const Tensor ddelta = torch::stable::new_empty(u, {p.batch, p.length, p.channels});
   const Tensor none = torch::stable::new_empty(u, {0});
   const Tensor dz = z ? torch::stable::new_empty(u, {p.batch, p.length, p.channels}) : none;
-  const Tensor dinitial_state =
-      initial_state ? call.new_accumulators(u, {call.states, p.channels, p.d_state})
-                    : call.new_accumulators(u, {0});
+  const Tensor dinitial_state = initial_state
+                                    ? call.new_accumulators(u, {call.states, p.channels, p.d_state})
+                                    : call.new_accumulators(u, {0});
   const int64_t blocks = selective_scan_blocks_in_group(p), group_states = p.groups * p.d_state;
   const Tensor dB_partial = call.new_accumulators(u, {blocks * p.batch, p.length, group_states});
   const Tensor dC_partial = call.new_accumulators(u, {blocks * p.batch, p.length, group_states});

@@ -43,7 +43,7 @@ struct SelectiveScanParams {
   // One partial sum per work item, added up by the op in a fixed order.
   Strided3Out dB_partial, dC_partial;  // (blocks in a group * B, L, G * N)
   void* dA_partial;                    // (B, D, N)
-  void* dD_partial;  // (B, D)
+  void* dD_partial;                    // (B, D)
   void* ddelta_bias_partial;
 };
 

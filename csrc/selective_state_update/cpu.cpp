@@ -18,8 +18,8 @@ void update_rows(const SelectiveStateUpdateParams& p, int64_t begin, int64_t end
     return data == nullptr ? A(0) : static_cast<const A*>(data)[at];
   };
   const auto input = [](const Strided3& tensor, int64_t b, int64_t c) {
-    return A(to_accumulator(
-        static_cast<const T*>(tensor.data)[b * tensor.batch + c * tensor.channel]));
+    return A(
+        to_accumulator(static_cast<const T*>(tensor.data)[b * tensor.batch + c * tensor.channel]));
   };
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / p.channels, c = row % p.channels;

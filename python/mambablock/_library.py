@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _folder = Path(__file__).parent
 
@@ -27,6 +29,12 @@ if not hasattr(torch.ops.mambablock, "selective_scan"):
 
 # How many steps of time one saved state stands for; kTimeTile in csrc/common/time_segments.h.
 TIME_TILE = 64
+
+
+def register_fake(op: str) -> Callable[[Function], Function]:
+    """torch.library.register_fake with its type, which torch leaves out."""
+    decorator: Callable[[Function], Function] = torch.library.register_fake(f"mambablock::{op}")
+    return decorator
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,9 +63,9 @@ def check_devices(op: str, argument: str, tensor: Tensor, **others: Tensor | Non
 def autocast(tensor: Tensor) -> Tensor:
     """An activation as autocast wants it: in its type where it is on; float64 stays."""
     device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return tensor.to(torch.get_autocast_dtype(device))
-    return tensor
+    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,26 +112,18 @@ class MambaBlock(nn.Module):
         self.name = "mamba_block"
 
         dtype = dtype or torch.get_default_dtype()
-        scan_dtype = torch.promote_types(dtype, torch.float32)
-        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, device=device, dtype=dtype)
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        scan_options: dict[str, Any] = {"device": device, "dtype": _scan_dtype(dtype)}
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, **options)
         # Only holds the parameters, under the names that checkpoints have: the op computes.
         self.conv1d = nn.Conv1d(
-            d_inner,
-            d_inner,
-            d_conv,
-            groups=d_inner,
-            padding=d_conv - 1,
-            bias=conv_bias,
-            device=device,
-            dtype=dtype,
+            d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias, **options
         )
-        self.x_proj = nn.Linear(
-            d_inner, dt_rank + 2 * d_state, bias=False, device=device, dtype=dtype
-        )
-        self.dt_proj = nn.Linear(dt_rank, d_inner, device=device, dtype=dtype)
-        self.A_log = nn.Parameter(torch.empty(d_inner, d_state, device=device, dtype=scan_dtype))
-        self.D = nn.Parameter(torch.empty(d_inner, device=device, dtype=scan_dtype))
-        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, device=device, dtype=dtype)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False, **options)
+        self.dt_proj = nn.Linear(dt_rank, d_inner, **options)
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state, **scan_options))
+        self.D = nn.Parameter(torch.empty(d_inner, **scan_options))
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **options)
         self._reset_scan_parameters()
 
     def reset_parameters(self) -> None:
@@ -155,10 +147,17 @@ class MambaBlock(nn.Module):
         self.A_log.copy_(torch.ones_like(self.A_log).cumsum(1).log())
         self.D.fill_(1.0)
 
-        # Marks that mamba-ssm's training code looks for.
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        self._mark_parameters()
+
+    def _mark_parameters(self) -> None:
+        """Mark what training code that knows mamba-ssm keeps from weight decay."""
         self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
         self.D._no_weight_decay = True  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_parameters()  # which copy.deepcopy drops from parameters
 
     def forward(
         self,
@@ -219,7 +218,7 @@ class MambaBlock(nn.Module):
             self._A(),
             B,
             C,
-            D=_scan_type(self.D),
+            D=_in_scan_dtype(self.D),
             z=z,
             delta_bias=delta_bias,
             delta_softplus=True,
@@ -268,7 +267,7 @@ class MambaBlock(nn.Module):
             self._A(),
             B,
             C,
-            D=_scan_type(self.D),
+            D=_in_scan_dtype(self.D),
             z=z,
             delta_bias=delta_bias,
             delta_softplus=True,
@@ -291,7 +290,7 @@ class MambaBlock(nn.Module):
                 float64 for float64.
         """
         device = device or self.A_log.device
-        dtype = torch.promote_types(dtype or self.A_log.dtype, torch.float32)
+        dtype = _scan_dtype(dtype or self.A_log.dtype)
         return MambaState(
             torch.zeros(batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
             torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=dtype),
@@ -328,7 +327,7 @@ class MambaBlock(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.attributes.items())
 
     def _A(self) -> Tensor:
-        return -torch.exp(_scan_type(self.A_log))
+        return -torch.exp(_in_scan_dtype(self.A_log))
 
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The parameters that depend on the input (section 3.2): delta, its bias if it is still to
@@ -337,7 +336,7 @@ class MambaBlock(nn.Module):
         if not _is_plain_linear(self.dt_proj) or self.dt_proj.bias is None:
             return self.dt_proj(dt), None, B, C
         # The scan adds the bias in float32, where a bfloat16 sum would lose most of it.
-        return F.linear(dt, self.dt_proj.weight), _scan_type(self.dt_proj.bias), B, C
+        return F.linear(dt, self.dt_proj.weight), _in_scan_dtype(self.dt_proj.bias), B, C
 
     def _last_real_inputs(
         self, conv_state: Tensor | None, inputs: Tensor, padding: Tensor
@@ -346,7 +345,7 @@ class MambaBlock(nn.Module):
         width = self.d_conv - 1
         if conv_state is None:
             conv_state = inputs.new_zeros(inputs.shape[0], width, self.d_inner)
-        conv_state = conv_state.to(torch.promote_types(inputs.dtype, torch.float32))
+        conv_state = conv_state.to(_scan_dtype(inputs.dtype))
         real_steps = (~padding).sum(1)
         last = real_steps + torch.arange(width, device=inputs.device)
         return _take_steps(torch.cat([conv_state, inputs.to(conv_state.dtype)], dim=1), last)
@@ -397,9 +396,13 @@ def _require_positive(**arguments: float) -> None:
             raise ValueError(f"MambaBlock: {name} must be positive; got {value}")
 
 
-def _scan_type(parameter: Tensor) -> Tensor:
-    """In float32, which the scan takes whatever the activations' type; float64 stays."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+def _scan_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of states and of the scan's parameters: float32, and float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _in_scan_dtype(parameter: Tensor) -> Tensor:
+    return parameter.to(_scan_dtype(parameter.dtype))
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

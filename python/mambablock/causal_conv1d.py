@@ -30,7 +30,7 @@ def _check(
         )
 
 
-@torch.library.register_fake("mambablock::causal_conv1d")
+@library.register_fake("causal_conv1d")
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -46,7 +46,7 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(state_shape, dtype=library.accumulator_dtype(x.dtype))
 
 
-@torch.library.register_fake("mambablock::causal_conv1d_backward")
+@library.register_fake("causal_conv1d_backward")
 def _fake_backward(
     dy: Tensor,
     dfinal_state: Tensor,
@@ -109,7 +109,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, dy: Tensor, dfinal_state: Tensor) -> tuple[Any, ...]:
     x, weight, bias, initial_state, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, dinitial_state = _Backward.apply(
+    dx, dweight, dbias, dinitial_state = _Backward.apply(  # type: ignore[no-untyped-call]
         dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, ctx.silu, ctx.reverse
     )
     return (
@@ -225,5 +225,5 @@ def causal_conv1d(
     x = library.autocast(x)
     args = (x, weight, bias, initial_state, cu_seqlens, silu, reverse)
     function = _Forward.apply if library.needs_gradient(*args[:4]) else _ops.causal_conv1d
-    y, final_state = function(*args)
+    y, final_state = function(*args)  # type: ignore[no-untyped-call]
     return (y, final_state) if return_final_state else y

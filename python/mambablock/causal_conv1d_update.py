@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _library as library
 
 
-@torch.library.register_fake("mambablock::causal_conv1d_update")
+@library.register_fake("causal_conv1d_update")
 def _fake(
     state: Tensor,
     x: Tensor,

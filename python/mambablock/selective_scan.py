@@ -35,7 +35,7 @@ def _check(
         )
 
 
-@torch.library.register_fake("mambablock::selective_scan")
+@library.register_fake("selective_scan")
 def _fake(
     u: Tensor,
     delta: Tensor,
@@ -65,7 +65,7 @@ def _fake(
     )
 
 
-@torch.library.register_fake("mambablock::selective_scan_backward")
+@library.register_fake("selective_scan_backward")
 def _fake_backward(
     dy: Tensor,
     dfinal_state: Tensor,
@@ -194,7 +194,7 @@ def _backward(ctx: Any, dy: Tensor, dfinal_state: Tensor, _: Any) -> tuple[Any, 
     options = (ctx.delta_softplus, ctx.reverse)
     if not ctx.save_states:
         saved_states = _ops.selective_scan(*tensors, *options, True)[2]
-    gradients = _Backward.apply(dy, dfinal_state, *tensors, saved_states, *options)
+    gradients = _Backward.apply(dy, dfinal_state, *tensors, saved_states, *options)  # type: ignore[no-untyped-call]
     named = (
         library.none_if_empty(gradient, of)
         for gradient, of in zip(gradients, tensors[:9], strict=True)
@@ -352,5 +352,5 @@ def selective_scan(
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     train = library.needs_gradient(*tensors[:9])
     function = _Forward.apply if train else _ops.selective_scan
-    y, final_state, _ = function(*tensors, delta_softplus, reverse, train)
+    y, final_state, _ = function(*tensors, delta_softplus, reverse, train)  # type: ignore[no-untyped-call]
     return (y, final_state) if return_final_state else y

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _library as library
 
 
-@torch.library.register_fake("mambablock::selective_state_update")
+@library.register_fake("selective_state_update")
 def _fake(
     state: Tensor,
     u: Tensor,
