@@ -140,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
   const Tensor y = torch::stable::new_empty(u, {p.batch, p.length, p.channels});
   const Tensor final_state = call.new_accumulators(u, {call.states, p.channels, p.d_state});
   const Tensor saved_states =
-      save_states ? call.new_accumulators(u, {p.batch, p.tiles, p.d_state, p.channels})
+      save_states ? call.new_accumulators(u, {p.batch, p.tiles * p.d_state, p.channels})
                   : call.new_accumulators(u, {0});
   p.y = strided_output(y, reverse);
   p.final_state = final_state.mutable_data_ptr();
@@ -168,7 +168,8 @@ Gradients selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tens
   checks.accumulator("dfinal_state", dfinal_state);
   checks.shape("dfinal_state", dfinal_state, {{"states", call.states}, channels, state});
   checks.accumulator("saved_states", saved_states);
-  checks.shape("saved_states", saved_states, {batch, {"tiles", p.tiles}, state, channels});
+  checks.shape("saved_states", saved_states,
+               {batch, {"tiles * d_state", p.tiles * p.d_state}, channels});
   const Tensor du = torch::stable::new_empty(u, {p.batch, p.length, p.channels});
   const Tensor ddelta = torch::stable::new_empty(u, {p.batch, p.length, p.channels});
   const Tensor none = torch::stable::new_empty(u, {0});

@@ -28,7 +28,7 @@ struct SelectiveScanParams {
   int64_t segment_count;
   int64_t sequences;  // in one row
 
-  void* saved_states;  // (B, tiles, N, D): the state on entering each tile
+  void* saved_states;  // (B, tiles * N, D): the state on entering each tile
   int64_t tiles;
 
   // Forward only.

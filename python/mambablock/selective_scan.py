@@ -57,7 +57,7 @@ def _fake(
     dtype = library.accumulator_dtype(u.dtype)
     states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tiles = (length + library.TIME_TILE - 1) // library.TIME_TILE
-    saved_shape = (batch, tiles, d_state, d_inner) if save_states else (0,)
+    saved_shape = (batch, tiles * d_state, d_inner) if save_states else (0,)
     return (
         u.new_empty(u.shape),
         u.new_empty((states, d_inner, d_state), dtype=dtype),
@@ -159,7 +159,7 @@ class _Backward(torch.autograd.Function):
 def _vmap_backward(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     grouped = _with_groups(args, in_dims, 5)
     rule = library.channel_vmap(
-        _op, function, (2, 1, *_channel_dims, 3, None, None), _gradient_dims
+        _op, function, (2, 1, *_channel_dims, 2, None, None), _gradient_dims
     )
     outputs, out_dims = rule(info, _without_dims(in_dims, args, grouped), *grouped)
     if grouped[5] is not args[5]:
@@ -178,7 +178,7 @@ def _without_dims(in_dims: Any, args: Any, grouped: Any) -> Any:
 
 def _vmap_forward(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     grouped = _with_groups(args, in_dims, 3)
-    rule = library.channel_vmap(_op, function, (*_channel_dims, None, None, None), (2, 1, 3))
+    rule = library.channel_vmap(_op, function, (*_channel_dims, None, None, None), (2, 1, 2))
     return rule(info, _without_dims(in_dims, args, grouped), *grouped)
 
 
