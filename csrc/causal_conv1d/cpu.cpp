@@ -237,9 +237,10 @@ void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t e
   dispatch_dtype(p.dtype, [&](auto type) {
     using A = Accumulator<decltype(type)>;
     const int64_t size = (2 * kTimeTile + p.width - 1) * kConvChannelBlock + p.width * kLanes<A>;
+    Scratch<A> scratch(size);
     for (int64_t index = begin; index < end; ++index) {
-      Scratch<A> scratch(size);
       forward_item(Item<decltype(type)>(p, index), scratch);
+      scratch.take_all_back();
     }
   });
 }
@@ -249,9 +250,10 @@ void causal_conv1d_backward(const CausalConv1dParams& p, int64_t begin, int64_t 
     using A = Accumulator<decltype(type)>;
     const int64_t capacity = kTimeTile + 2 * (p.width - 1);
     const int64_t size = 4 * capacity * kConvChannelBlock + 2 * p.width * kLanes<A>;
+    Scratch<A> scratch(size);
     for (int64_t index = begin; index < end; ++index) {
-      Scratch<A> scratch(size);
       backward_item(Item<decltype(type)>(p, index), scratch);
+      scratch.take_all_back();
     }
   });
 }

@@ -11,12 +11,13 @@ template <class F>
 void apply(F function, const float* x, float* y, int64_t count) {
   using V = Vector<float>;
   constexpr int lanes = kLanes<float>;
-  for (int64_t i = 0; i < count; i += lanes) {
-    const int64_t rest = count - i < lanes ? count - i : lanes;
+  const int64_t whole = count / lanes * lanes;
+  for (int64_t i = 0; i < whole; i += lanes) store_vector(y + i, function(load_vector<V>(x + i)));
+  if (whole < count) {
     V v{};
-    memcpy(&v, x + i, rest * sizeof(float));
+    memcpy(&v, x + whole, (count - whole) * sizeof(float));
     v = function(v);
-    memcpy(y + i, &v, rest * sizeof(float));
+    memcpy(y + whole, &v, (count - whole) * sizeof(float));
   }
 }
 

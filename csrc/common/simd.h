@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
+
 #include "dtype.h"
 #include "math.h"
 #include "strided.h"
@@ -98,35 +100,36 @@ template <class T>
   }
 }
 
-// Memory for a work item, aligned to cache lines.
+// A kernel's own memory: `count` elements, handed out in at most 16 pieces that begin on cache
+// lines.
 template <class A>
 class Scratch {
  public:
+  static constexpr int64_t kLine = 64 / sizeof(A);
+
   explicit Scratch(int64_t count)
-      : data_(static_cast<A*>(aligned_alloc(64, (count * sizeof(A) + 63) / 64 * 64))) {
+      : data_(static_cast<A*>(aligned_alloc(64, (count / kLine + 1 + kMostPieces) * 64))) {
     if (data_ == nullptr) abort();
   }
   ~Scratch() { free(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+
   A* take(int64_t count) {
     A* taken = data_ + used_;
-    used_ += count;
+    used_ += (count + kLine - 1) / kLine * kLine;
     return taken;
   }
+  void take_all_back() { used_ = 0; }
 
  private:
+  static constexpr int64_t kMostPieces = 16;
   A* data_;
   int64_t used_ = 0;
 };
 
-// A tile holds channels in columns of kLanes: element (step, channel) of a tile of `capacity`
-// steps. Lanes past the last channel are kept 0.
-template <class A>
-[[gnu::always_inline]] inline int64_t tile_index(int64_t capacity, int64_t step, int64_t channel) {
-  return (channel / kLanes<A> * capacity + step) * kLanes<A> + channel % kLanes<A>;
-}
-
+// A tile holds channels in columns of kLanes: lane l of column c at a step is element
+// (c * capacity + step) * kLanes + l. Lanes past the last channel are kept 0.
 template <class T>
 inline void load_row(const T* source, int64_t stride, int64_t channels, Accumulator<T>* tile,
                      int64_t capacity) {
@@ -192,6 +195,30 @@ template <class V>
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
   return lanes[0];
+}
+
+// One level of sums_of_vectors: lanes without the bit `Half` sum pairs of a's, the others of b's.
+template <int Half, class V, int... Lane>
+[[gnu::always_inline]] inline V sum_halves(V a, V b, std::integer_sequence<int, Lane...>) {
+  using Mask = typename VectorTraits<V>::Int;
+  constexpr int lanes = sizeof...(Lane);
+  const Mask same{(Lane & Half ? lanes + Lane : Lane)...};
+  const Mask other{(Lane & Half ? lanes + (Lane ^ Half) : Lane ^ Half)...};
+  return __builtin_shuffle(a, b, same) + __builtin_shuffle(a, b, other);
+}
+
+// Lane l becomes the sum of the lanes of the vector at l * stride, for the first `Count` of lanes.
+template <class V, int Count = VectorTraits<V>::lanes>
+[[gnu::always_inline]] inline V sums_of_vectors(const ScalarOf<V>* first, int64_t stride) {
+  if constexpr (Count == 1) {
+    return load_vector<V>(first);
+  } else {
+    constexpr int lanes = VectorTraits<V>::lanes, half = lanes / Count;
+    // Neighbouring vectors meet last, so the first level pairs those half of all apart.
+    return sum_halves<half>(sums_of_vectors<V, Count / 2>(first, stride * 2),
+                            sums_of_vectors<V, Count / 2>(first + stride, stride * 2),
+                            std::make_integer_sequence<int, lanes>());
+  }
 }
 
 }  // namespace MAMBABLOCK_SIMD_LEVEL

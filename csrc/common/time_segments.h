@@ -10,7 +10,7 @@
 
 namespace mambablock {
 
-inline constexpr int64_t kTimeTile = 64;
+inline constexpr int64_t kTimeTile = 32;
 
 struct Segment {
   int64_t begin, end;      // time steps of the row

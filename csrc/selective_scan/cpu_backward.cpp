@@ -10,256 +10,279 @@ namespace MAMBABLOCK_SIMD_LEVEL {
 namespace {
 
 // States worked on at a time; more of them no longer fit the first-level cache.
-constexpr int kStatesAtOnce = 2;
+constexpr int kStatesAtOnce = 4;
+
+// What the states at hand keep for each step of one column: h, a, and, summed over a block's
+// columns, dB and dC before the sum over lanes.
+enum { kState, kDecay, kDB, kDC, kWork };
 
 template <class T>
-struct GradientTiles : Tiles<T> {
+struct Run : Tiles<T, BackwardTiles> {
   using A = Accumulator<T>;
-  using V = Vector<A>;
-  using Tiles<T>::tile_size, Tiles<T>::channel_slots, Tiles<T>::lanes;
-  static constexpr int64_t lane_tile = kTimeTile * lanes;
+  using Base = Tiles<T, BackwardTiles>;
+  using Base::channels, Base::lanes;
+  static constexpr int64_t work_size = kTimeTile * kStatesAtOnce * kWork * lanes;
 
-  static int64_t scratch_size(int64_t d_state) {
-    return Tiles<T>::scratch_size(d_state) + 3 * tile_size + (2 * d_state + 2) * channel_slots +
-           4 * kStatesAtOnce * lane_tile + lanes;
+  static int64_t scratch_size(const SelectiveScanParams& p) {
+    return Base::scratch_size(p) + Base::max_channels(p) * (2 + 2 * p.d_state) + work_size;
   }
 
-  GradientTiles(const SelectiveScanParams& p, const WorkItem& item, Scratch<A>& scratch)
-      : Tiles<T>(p, item, scratch) {
-    dy = scratch.take(tile_size);
-    g_B = scratch.take(tile_size);
-    g_A = scratch.take(tile_size);
-    a_g = scratch.take(p.d_state * channel_slots);
-    dA = scratch.take(p.d_state * channel_slots);
-    dD = scratch.take(channel_slots);
-    ddelta_bias = scratch.take(channel_slots);
-    states = scratch.take(kStatesAtOnce * lane_tile + lanes);
-    decays = scratch.take(kStatesAtOnce * lane_tile);
-    dB = scratch.take(kStatesAtOnce * lane_tile);
-    dC = scratch.take(kStatesAtOnce * lane_tile);
-    memset(dA, 0, p.d_state * channel_slots * sizeof(A));
-    memset(dD, 0, channel_slots * sizeof(A));
-    memset(ddelta_bias, 0, channel_slots * sizeof(A));
+  Run(const SelectiveScanParams& p, const ChannelRun& run, Scratch<A>& scratch)
+      : Base(p, run, scratch) {
+    a_g = scratch.take(p.d_state * channels);
+    dA = scratch.take(p.d_state * channels);
+    dD = scratch.take(channels);
+    ddelta_bias = scratch.take(channels);
+    work = scratch.take(work_size);
+    for (int64_t i = 0; i < p.d_state * channels; ++i) dA[i] = 0;
+    for (int64_t i = 0; i < channels; ++i) dD[i] = ddelta_bias[i] = 0;
   }
 
-  // Per step: the gradient of y before the gate, sum_n g B, and sum_n A a g h_{t-1}.
-  A *dy, *g_B, *g_A;
-  // Per state: a_{t+1} g_{t+1}, and dA. Per channel: dD and ddelta_bias.
-  A *a_g, *dA, *dD, *ddelta_bias;
-  // Of the states at hand in one column, [step][state]: h (the one before the first step too) and
-  // a. Summed over columns: dB and dC before the sum over lanes.
-  A *states, *decays, *dB, *dC;
+  // Per state: a_{t+1} g_{t+1}, and dA. Per channel: dD and ddelta_bias. [step][state][kWork]:
+  // work.
+  A *a_g, *dA, *dD, *ddelta_bias, *work;
 };
 
-// h of `Count` states from n of one column over the segment, with C . h added to y.
+// h of `Count` states from n of one column over the segment, with C . h added to y where it is
+// gated. The first column of a block clears the sums of dB and dC.
 template <int Count, class T>
-void recompute_states(GradientTiles<T>& tiles, int64_t n, int64_t column) {
-  using V = typename GradientTiles<T>::V;
-  constexpr int lanes = GradientTiles<T>::lanes;
-  const int64_t d_state = tiles.p.d_state, first = column * kTimeTile * lanes;
-  const auto *dt = tiles.dt + first, *dt_u = tiles.dt_u + first;
-  auto* y = tiles.y + first;
-  const auto *B = tiles.B + n, *C = tiles.C + n;
+void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
+  using V = typename Run<T>::V;
+  constexpr int lanes = Run<T>::lanes;
+  const int64_t d_state = run.p.d_state;
+  const auto *dt = run.column(column, BackwardTiles::kDt),
+             *dt_u = run.column(column, BackwardTiles::kDtU);
+  auto *y = run.column(column, BackwardTiles::kY), *work = run.work;
+  const auto *B = run.B + n, *C = run.C + n;
   V A_log2e[Count], h[Count];
   for (int i = 0; i < Count; ++i) {
-    const int64_t at = (n + i) * tiles.channel_slots + column * lanes;
-    A_log2e[i] = load_vector<V>(tiles.A_log2e + at);
-    h[i] = load_vector<V>(tiles.h + at);
+    const int64_t at = (n + i) * run.channels + column * lanes;
+    A_log2e[i] = load_vector<V>(run.A_log2e + at);
+    h[i] = load_vector<V>(run.h + at);
   }
-  const bool gated = tiles.p.z.data != nullptr;
-  for (int64_t step = 0; step < tiles.steps; ++step) {
+  const bool gated = run.gated();
+  for (int64_t step = 0; step < run.steps; ++step) {
     const V dt_step = load_vector<V>(dt + step * lanes);
     const V dt_u_step = load_vector<V>(dt_u + step * lanes);
-    V y_step = V{};
-    for (int i = 0; i < Count; ++i) {
+    V y_step{};
+    for (int i = 0; i < Count; ++i, work += kWork * lanes) {
       const V a = exp2(V(dt_step * A_log2e[i]));
       h[i] = a * h[i] + dt_u_step * B[step * d_state + i];
       y_step += h[i] * C[step * d_state + i];
-      store_vector(tiles.decays + (step * Count + i) * lanes, a);
-      store_vector(tiles.states + (step * Count + i) * lanes, h[i]);
+      store_vector(work + kDecay * lanes, a);
+      store_vector(work + kState * lanes, h[i]);
+      if (first) {
+        store_vector(work + kDB * lanes, V{});
+        store_vector(work + kDC * lanes, V{});
+      }
     }
     if (gated) store_vector(y + step * lanes, V(load_vector<V>(y + step * lanes) + y_step));
   }
 }
 
 template <int Count, class T>
-void reverse_states(GradientTiles<T>& tiles, int64_t n, int64_t column) {
-  using V = typename GradientTiles<T>::V;
-  constexpr int lanes = GradientTiles<T>::lanes;
+void reverse_states(Run<T>& run, int64_t n, int64_t column) {
+  using V = typename Run<T>::V;
+  constexpr int lanes = Run<T>::lanes, row = Count * kWork * lanes;
   constexpr auto ln2 = ScalarOf<V>(0.69314718055994531);
-  const int64_t d_state = tiles.p.d_state, first = column * kTimeTile * lanes;
-  const auto *dt = tiles.dt + first, *dt_u = tiles.dt_u + first, *dy = tiles.dy + first;
-  auto *g_B = tiles.g_B + first, *g_A = tiles.g_A + first;
-  const auto *B = tiles.B + n, *C = tiles.C + n;
-  V A_values[Count], a_g[Count], dA[Count], h[Count], h_first[Count];
+  const int64_t d_state = run.p.d_state;
+  const auto *dt = run.column(column, BackwardTiles::kDt),
+             *dt_u = run.column(column, BackwardTiles::kDtU),
+             *dy = run.column(column, BackwardTiles::kDy);
+  auto *g_B = run.column(column, BackwardTiles::kGB), *g_A = run.column(column, BackwardTiles::kGA);
+  const auto *B = run.B + n, *C = run.C + n;
+  auto* work = run.work + (run.steps - 1) * row;
+  V A_values[Count], a_g[Count], dA[Count], h[Count], h_before[Count];
   for (int i = 0; i < Count; ++i) {
-    const int64_t at = (n + i) * tiles.channel_slots + column * lanes;
-    A_values[i] = load_vector<V>(tiles.A_log2e + at) * ln2;
-    a_g[i] = load_vector<V>(tiles.a_g + at);
-    dA[i] = load_vector<V>(tiles.dA + at);
-    h_first[i] = load_vector<V>(tiles.h + at);
-    h[i] = load_vector<V>(tiles.states + ((tiles.steps - 1) * Count + i) * lanes);
+    const int64_t at = (n + i) * run.channels + column * lanes;
+    A_values[i] = load_vector<V>(run.A_log2e + at) * ln2;
+    a_g[i] = load_vector<V>(run.a_g + at);
+    dA[i] = load_vector<V>(run.dA + at);
+    h_before[i] = load_vector<V>(run.h + at);
+    h[i] = load_vector<V>(work + (i * kWork + kState) * lanes);
   }
-  for (int64_t step = tiles.steps - 1; step >= 0; --step) {
+  const auto reverse_step = [&](int64_t step, const V* previous) __attribute__((always_inline)) {
     const V dt_step = load_vector<V>(dt + step * lanes);
     const V dt_u_step = load_vector<V>(dt_u + step * lanes);
     const V dy_step = load_vector<V>(dy + step * lanes);
     V g_B_step = load_vector<V>(g_B + step * lanes), g_A_step = load_vector<V>(g_A + step * lanes);
     for (int i = 0; i < Count; ++i) {
-      const int64_t at = (step * Count + i) * lanes;
-      const V previous = step > 0 ? load_vector<V>(tiles.states + at - Count * lanes) : h_first[i];
+      auto* at = work + i * kWork * lanes;
       const V g = dy_step * C[step * d_state + i] + a_g[i];
-      store_vector(tiles.dB + at, V(load_vector<V>(tiles.dB + at) + g * dt_u_step));
-      store_vector(tiles.dC + at, V(load_vector<V>(tiles.dC + at) + dy_step * h[i]));
+      store_vector(at + kDB * lanes, V(load_vector<V>(at + kDB * lanes) + g * dt_u_step));
+      store_vector(at + kDC * lanes, V(load_vector<V>(at + kDC * lanes) + dy_step * h[i]));
       g_B_step += g * B[step * d_state + i];
-      a_g[i] = g * load_vector<V>(tiles.decays + at);
-      const V a_g_h = a_g[i] * previous;
+      a_g[i] = g * load_vector<V>(at + kDecay * lanes);
+      const V a_g_h = a_g[i] * previous[i];
       g_A_step += a_g_h * A_values[i];
       dA[i] += a_g_h * dt_step;
-      h[i] = previous;
+      h[i] = previous[i];
     }
     store_vector(g_B + step * lanes, g_B_step);
     store_vector(g_A + step * lanes, g_A_step);
+    work -= row;
+  };
+  for (int64_t step = run.steps - 1; step > 0; --step) {
+    V previous[Count];
+    for (int i = 0; i < Count; ++i) {
+      previous[i] = load_vector<V>(work - row + (i * kWork + kState) * lanes);
+    }
+    reverse_step(step, previous);
   }
+  reverse_step(0, h_before);
   for (int i = 0; i < Count; ++i) {
-    const int64_t at = (n + i) * tiles.channel_slots + column * lanes;
-    store_vector(tiles.a_g + at, a_g[i]);
-    store_vector(tiles.dA + at, dA[i]);
+    const int64_t at = (n + i) * run.channels + column * lanes;
+    store_vector(run.a_g + at, a_g[i]);
+    store_vector(run.dA + at, dA[i]);
+  }
+}
+
+// Sums work's dB or dC over lanes into the block's partial sums of [step][state].
+template <int Count, class T>
+void store_sums(const Run<T>& run, const Segment& segment, int64_t block, int64_t n, int which,
+                const Strided3Out& partial) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>, stride = kWork * lanes;
+  A* target = static_cast<A*>(partial.data) +
+              ((run.run.block + block) * run.p.batch + run.run.batch) * partial.batch +
+              segment.begin * partial.time + run.run.group * run.p.d_state + n;
+  const A* work = run.work + which * lanes;
+  const int64_t count = run.steps * Count, whole = count / lanes * lanes;
+  for (int64_t first = 0; first < count; first += lanes) {
+    A sums[lanes];
+    if (first < whole) {
+      store_vector(sums, sums_of_vectors<V>(work + first * stride, stride));
+    } else {
+      for (int64_t i = first; i < count; ++i) {
+        sums[i - first] = sum_lanes(load_vector<V>(work + i * stride));
+      }
+    }
+    for (int64_t i = first; i < count && i < first + lanes; ++i) {
+      target[i / Count * partial.time + i % Count] = sums[i - first];
+    }
   }
 }
 
 template <int Count, class T>
-void backward_states(GradientTiles<T>& tiles, const Segment& segment, int64_t n) {
-  using A = Accumulator<T>;
-  using V = Vector<A>;
-  constexpr int lanes = kLanes<A>;
-  const SelectiveScanParams& p = tiles.p;
-  const WorkItem& item = tiles.item;
-  memset(tiles.dB, 0, tiles.steps * Count * lanes * sizeof(A));
-  memset(tiles.dC, 0, tiles.steps * Count * lanes * sizeof(A));
-  for (int64_t column = 0; column < item.columns; ++column) {
-    recompute_states<Count>(tiles, n, column);
-    reverse_states<Count>(tiles, n, column);
+void backward_states(Run<T>& run, const Segment& segment, int64_t block, int64_t n) {
+  constexpr int64_t block_columns = kScanChannelBlock / Run<T>::lanes;
+  const int64_t first = block * block_columns, columns = run.run.columns;
+  const int64_t last = first + block_columns < columns ? first + block_columns : columns;
+  for (int64_t column = first; column < last; ++column) {
+    recompute_states<Count>(run, n, column, column == first);
+    reverse_states<Count>(run, n, column);
   }
-  const auto store_sums = [&](const Strided3Out& partial, const A* sums) {
-    A* target = static_cast<A*>(partial.data) +
-                (item.block * p.batch + item.batch) * partial.batch + item.group * p.d_state + n;
-    for (int64_t step = 0; step < tiles.steps; ++step) {
-      for (int i = 0; i < Count; ++i) {
-        target[(segment.begin + step) * partial.time + i] =
-            sum_lanes(load_vector<V>(sums + (step * Count + i) * lanes));
-      }
-    }
-  };
-  store_sums(p.dB_partial, tiles.dB);
-  store_sums(p.dC_partial, tiles.dC);
+  store_sums<Count>(run, segment, block, n, kDB, run.p.dB_partial);
+  store_sums<Count>(run, segment, block, n, kDC, run.p.dC_partial);
 }
 
-// Before the states: dy of the ungated y, and y's place cleared for C . h + D u.
+// Before the states: dy of the ungated y.
 template <class T>
-void prepare_gradient(GradientTiles<T>& tiles, const Segment& segment) {
-  using V = typename GradientTiles<T>::V;
-  constexpr int lanes = GradientTiles<T>::lanes;
-  const SelectiveScanParams& p = tiles.p;
-  const WorkItem& item = tiles.item;
-  load_tile<T>(p.dy, item.batch, segment.begin, tiles.steps, item.channel, item.channels, tiles.dy,
-               kTimeTile);
-  for (int64_t column = 0; column < item.columns; ++column) {
-    const int64_t first = column * kTimeTile * lanes;
-    memset(tiles.g_B + first, 0, tiles.steps * sizeof(V));
-    memset(tiles.g_A + first, 0, tiles.steps * sizeof(V));
-    V dD = load_vector<V>(tiles.dD + column * lanes);
-    for (int64_t step = 0; step < tiles.steps; ++step) {
-      const int64_t at = first + step * lanes;
-      V dy = load_vector<V>(tiles.dy + at);
-      if (p.z.data != nullptr) {
-        const V z = load_vector<V>(tiles.z + at), gate = sigmoid(z);
+void prepare_gradient(Run<T>& run, const Segment& segment) {
+  using V = typename Run<T>::V;
+  constexpr int lanes = Run<T>::lanes;
+  run.load_input(run.p.dy, segment, BackwardTiles::kDy);
+  for (int64_t c = 0; c < run.run.columns; ++c) {
+    auto *z = run.column(c, BackwardTiles::kZ), *dy = run.column(c, BackwardTiles::kDy);
+    auto *g_B = run.column(c, BackwardTiles::kGB), *g_A = run.column(c, BackwardTiles::kGA);
+    const auto* u = run.column(c, BackwardTiles::kU);
+    V dD = load_vector<V>(run.dD + c * lanes);
+    for (int64_t at = 0; at < run.steps * lanes; at += lanes) {
+      V dy_step = load_vector<V>(dy + at);
+      if (run.gated()) {
+        const V z_step = load_vector<V>(z + at), gate = sigmoid(z_step);
         // z's tile now carries dz but for the factor y.
-        store_vector(tiles.z + at, V(dy * silu_derivative(z, gate)));
-        dy *= z * gate;
-        store_vector(tiles.dy + at, dy);
+        store_vector(z + at, V(dy_step * silu_derivative(z_step, gate)));
+        dy_step *= z_step * gate;
+        store_vector(dy + at, dy_step);
       }
-      dD += dy * load_vector<V>(tiles.u + at);
+      dD += dy_step * load_vector<V>(u + at);
+      store_vector(g_B + at, V{});
+      store_vector(g_A + at, V{});
     }
-    store_vector(tiles.dD + column * lanes, dD);
+    store_vector(run.dD + c * lanes, dD);
   }
 }
 
-// After the states: du, ddelta and dz of the segment.
+// After the states: du, ddelta and dz of the segment, in the places of u, g_A and z.
 template <class T>
-void finish_gradient(GradientTiles<T>& tiles, const Segment& segment) {
-  using V = typename GradientTiles<T>::V;
-  constexpr int lanes = GradientTiles<T>::lanes;
-  const SelectiveScanParams& p = tiles.p;
-  const WorkItem& item = tiles.item;
-  for (int64_t column = 0; column < item.columns; ++column) {
-    const V skip = load_vector<V>(tiles.D + column * lanes);
-    V ddelta_bias = load_vector<V>(tiles.ddelta_bias + column * lanes);
-    for (int64_t step = 0; step < tiles.steps; ++step) {
-      const int64_t at = (column * kTimeTile + step) * lanes;
-      const V g_B = load_vector<V>(tiles.g_B + at), u = load_vector<V>(tiles.u + at);
-      V ddelta = g_B * u + load_vector<V>(tiles.g_A + at);
-      if (p.delta_softplus) ddelta *= softplus_derivative(load_vector<V>(tiles.delta + at));
+void finish_gradient(Run<T>& run, const Segment& segment) {
+  using V = typename Run<T>::V;
+  constexpr int lanes = Run<T>::lanes;
+  const SelectiveScanParams& p = run.p;
+  for (int64_t c = 0; c < run.run.columns; ++c) {
+    auto *u = run.column(c, BackwardTiles::kU), *g_A = run.column(c, BackwardTiles::kGA);
+    auto* z = run.column(c, BackwardTiles::kZ);
+    const auto *g_B = run.column(c, BackwardTiles::kGB), *dt = run.column(c, BackwardTiles::kDt),
+               *delta = run.column(c, BackwardTiles::kDelta),
+               *dy = run.column(c, BackwardTiles::kDy), *y = run.column(c, BackwardTiles::kY);
+    const V skip = load_vector<V>(run.D + c * lanes);
+    V ddelta_bias = load_vector<V>(run.ddelta_bias + c * lanes);
+    for (int64_t at = 0; at < run.steps * lanes; at += lanes) {
+      const V g_B_step = load_vector<V>(g_B + at), u_step = load_vector<V>(u + at);
+      V ddelta = g_B_step * u_step + load_vector<V>(g_A + at);
+      if (p.delta_softplus) ddelta *= softplus_derivative(load_vector<V>(delta + at));
       ddelta_bias += ddelta;
-      const V dy = load_vector<V>(tiles.dy + at);
-      store_vector(tiles.g_A + at, ddelta);
-      store_vector(tiles.u + at, V(g_B * load_vector<V>(tiles.dt + at) + skip * dy));
-      if (p.z.data != nullptr) {
-        store_vector(tiles.z + at, V(load_vector<V>(tiles.z + at) * load_vector<V>(tiles.y + at)));
-      }
+      store_vector(g_A + at, ddelta);
+      const V du = g_B_step * load_vector<V>(dt + at) + skip * load_vector<V>(dy + at);
+      store_vector(u + at, du);
+      if (run.gated()) store_vector(z + at, V(load_vector<V>(z + at) * load_vector<V>(y + at)));
     }
-    store_vector(tiles.ddelta_bias + column * lanes, ddelta_bias);
+    store_vector(run.ddelta_bias + c * lanes, ddelta_bias);
   }
-  const auto store = [&](const Strided3Out& output, const Accumulator<T>* tile) {
-    store_tile<T>(output, item.batch, segment.begin, tiles.steps, item.channel, item.channels, tile,
-                  kTimeTile);
-  };
-  store(p.du, tiles.u);
-  store(p.ddelta, tiles.g_A);
-  if (p.z.data != nullptr) store(p.dz, tiles.z);
+  run.store_output(BackwardTiles::kU, segment, p.du);
+  run.store_output(BackwardTiles::kGA, segment, p.ddelta);
+  if (run.gated()) run.store_output(BackwardTiles::kZ, segment, p.dz);
 }
 
 template <class T>
-void backward_item(const SelectiveScanParams& p, int64_t index, Scratch<Accumulator<T>>& scratch) {
+void backward_segment(Run<T>& run, const Segment& segment, const Segment* next) {
+  const SelectiveScanParams& p = run.p;
+  if (segment.begin % kTimeTile == 0) {
+    const auto* saved = run.saved_state(segment);
+    for (int64_t n = 0; n < p.d_state; ++n) {
+      auto* h = run.h + n * run.channels;
+      memset(h + run.run.channels, 0, (run.channels - run.run.channels) * sizeof *h);
+      memcpy(h, saved + n * p.channels, run.run.channels * sizeof *h);
+    }
+  } else {
+    run.load_by_state(p.initial_state, run.state_row(segment), run.h);
+  }
+  run.load(segment);
+  prepare_gradient(run, segment);
+  for (int64_t block = 0; block < run.run.blocks; ++block) {
+    if (next != nullptr) run.prefetch(*next, block, run.run.blocks);
+    int64_t n = 0;
+    for (; n + kStatesAtOnce <= p.d_state; n += kStatesAtOnce) {
+      backward_states<kStatesAtOnce>(run, segment, block, n);
+    }
+    for (; n < p.d_state; ++n) backward_states<1>(run, segment, block, n);
+  }
+  finish_gradient(run, segment);
+}
+
+template <class T>
+void backward_run(Run<T> run) {
   using A = Accumulator<T>;
-  GradientTiles<T> tiles(p, work_item<A>(p, index), scratch);
-  const WorkItem& item = tiles.item;
+  const SelectiveScanParams& p = run.p;
+  const ChannelRun& channels = run.run;
   for (int64_t s = p.segment_count - 1; s >= 0; --s) {
     const Segment& segment = p.segments[s];
-    if (segment.ends()) tiles.load_state(p.dfinal_state, segment, tiles.a_g);
+    const int64_t row = run.state_row(segment);
+    if (segment.ends()) run.load_by_state(p.dfinal_state, row, run.a_g);
     if (segment.begin < segment.end) {
-      if (segment.begin % kTimeTile == 0) {
-        memset(tiles.h, 0, p.d_state * tiles.channel_slots * sizeof(A));
-        const A* saved = tiles.saved_state(segment);
-        for (int64_t n = 0; n < p.d_state; ++n) {
-          memcpy(tiles.h + n * tiles.channel_slots, saved + n * p.channels,
-                 item.channels * sizeof(A));
-        }
-      } else {
-        tiles.load_state(p.initial_state, segment, tiles.h);
-      }
-      tiles.load(segment);
-      prepare_gradient(tiles, segment);
-      int64_t n = 0;
-      for (; n + kStatesAtOnce <= p.d_state; n += kStatesAtOnce) {
-        backward_states<kStatesAtOnce>(tiles, segment, n);
-      }
-      for (; n < p.d_state; ++n) backward_states<1>(tiles, segment, n);
-      finish_gradient(tiles, segment);
+      backward_segment(run, segment, s > 0 ? &segment - 1 : nullptr);
     }
     if (segment.starts() && p.dinitial_state != nullptr) {
-      tiles.store_state(p.dinitial_state, segment, tiles.a_g);
+      run.store_by_state(run.a_g, row, p.dinitial_state);
     }
   }
-  const int64_t row = item.batch * p.channels + item.channel;
-  for (int64_t c = 0; c < item.channels; ++c) {
-    for (int64_t n = 0; n < p.d_state; ++n) {
-      static_cast<A*>(p.dA_partial)[(row + c) * p.d_state + n] =
-          tiles.dA[n * tiles.channel_slots + c];
-    }
-    static_cast<A*>(p.dD_partial)[row + c] = tiles.dD[c];
-    static_cast<A*>(p.ddelta_bias_partial)[row + c] = tiles.ddelta_bias[c];
-  }
+  const int64_t row = channels.batch * p.channels + channels.channel;
+  run.store_by_state(run.dA, row, p.dA_partial);
+  memcpy(static_cast<A*>(p.dD_partial) + row, run.dD, channels.channels * sizeof(A));
+  memcpy(static_cast<A*>(p.ddelta_bias_partial) + row, run.ddelta_bias,
+         channels.channels * sizeof(A));
 }
 
 }  // namespace
@@ -267,11 +290,9 @@ void backward_item(const SelectiveScanParams& p, int64_t index, Scratch<Accumula
 void selective_scan_backward(const SelectiveScanParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t size = GradientTiles<T>::scratch_size(p.d_state);
-    for (int64_t index = begin; index < end; ++index) {
-      Scratch<Accumulator<T>> scratch(size);
-      backward_item<T>(p, index, scratch);
-    }
+    Scratch<Accumulator<T>> scratch(Run<T>::scratch_size(p));
+    for_each_run(p, begin, end, scratch,
+                 [&](const ChannelRun& run) { backward_run(Run<T>(p, run, scratch)); });
   });
 }
 

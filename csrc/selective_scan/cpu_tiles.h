@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A work item is a block of channels of one row of the batch. Its time runs in segments, whose
+// Work goes by runs of channels of one row of the batch. A run's time goes in segments, whose
 // inputs are first brought into tiles of the accumulator's type; lanes are channels.
 #pragma once
 
@@ -10,104 +10,158 @@
 namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
 
-struct WorkItem {
-  int64_t batch, group, block, channel, channels, columns;
+// Consecutive blocks of one group: the longer the runs of memory, the better they are prefetched.
+struct ChannelRun {
+  int64_t batch, group, block, blocks, channel, channels, columns;
 };
 
+inline constexpr int64_t kBlocksAtOnce = 12;
+
 template <class A>
-WorkItem work_item(const SelectiveScanParams& p, int64_t index) {
-  const int64_t blocks = selective_scan_blocks_in_group(p), per_group = p.channels / p.groups;
-  const int64_t block = index % blocks, group = index / blocks % p.groups;
-  const int64_t first = block * kScanChannelBlock;
-  const int64_t channels =
-      per_group - first < kScanChannelBlock ? per_group - first : kScanChannelBlock;
-  return {index / blocks / p.groups, group,    block,
-          group * per_group + first, channels, (channels + kLanes<A> - 1) / kLanes<A>};
+[[gnu::always_inline]] inline ChannelRun channel_run(const SelectiveScanParams& p, int64_t begin,
+                                                     int64_t end) {
+  const int64_t in_group = selective_scan_blocks_in_group(p), per_group = p.channels / p.groups;
+  ChannelRun run;
+  run.block = begin % in_group;
+  run.group = begin / in_group % p.groups;
+  run.batch = begin / in_group / p.groups;
+  run.blocks = end - begin < kBlocksAtOnce ? end - begin : kBlocksAtOnce;
+  if (run.blocks > in_group - run.block) run.blocks = in_group - run.block;
+  const int64_t first = run.block * kScanChannelBlock, rest = per_group - first;
+  run.channel = run.group * per_group + first;
+  run.channels = rest < run.blocks * kScanChannelBlock ? rest : run.blocks * kScanChannelBlock;
+  run.columns = (run.channels + kLanes<A> - 1) / kLanes<A>;
+  return run;
 }
 
-// What forward and backward both keep for a work item. Per channel: vectors, one per column.
-// Per state: [state][column]. Per step: [column][step], see simd.h.
-template <class T>
+// The tiles of a run's steps. The forward keeps dt and dt * u in the place of delta and u.
+struct ForwardTiles {
+  enum { kU, kDelta, kY, kZ, kCount, kDt = kDelta, kDtU = kU };
+};
+struct BackwardTiles {
+  // kDy: the gradient of y before the gate; kGB: sum_n g B; kGA: sum_n A a g h_{t-1}.
+  enum { kU, kDelta, kY, kZ, kDt, kDtU, kDy, kGB, kGA, kCount };
+};
+
+// Per channel: [column][lane]. Per state and channel: [state][column][lane]. B and C:
+// [step][state]. Per step: [column][tile][step][lane].
+template <class T, class Which>
 struct Tiles {
   using A = Accumulator<T>;
   using V = Vector<A>;
   static constexpr int lanes = kLanes<A>;
-  static constexpr int64_t channel_slots = kScanChannelBlock;
-  static constexpr int64_t tile_size = kTimeTile * channel_slots;
+  // One row more than there are steps: the processor confuses addresses that are the same within
+  // 4096 bytes, as those of one step in two tiles would else be.
+  static constexpr int64_t rows = kTimeTile + 1;
 
-  static int64_t scratch_size(int64_t d_state) {
-    return 6 * tile_size + 2 * channel_slots + 2 * d_state * channel_slots +
-           2 * d_state * kTimeTile;
+  // The most channels that a run has, in whole columns.
+  static int64_t max_channels(const SelectiveScanParams& p) {
+    const int64_t per_group = (p.channels / p.groups + lanes - 1) / lanes * lanes;
+    return per_group < kBlocksAtOnce * kScanChannelBlock ? per_group
+                                                         : kBlocksAtOnce * kScanChannelBlock;
   }
 
-  Tiles(const SelectiveScanParams& p, const WorkItem& item, Scratch<A>& scratch)
-      : p(p), item(item) {
-    u = scratch.take(tile_size);
-    dt = scratch.take(tile_size);
-    dt_u = scratch.take(tile_size);
-    y = scratch.take(tile_size);
-    z = scratch.take(tile_size);
-    delta = scratch.take(tile_size);
-    D = scratch.take(channel_slots);
-    delta_bias = scratch.take(channel_slots);
-    A_log2e = scratch.take(p.d_state * channel_slots);
-    h = scratch.take(p.d_state * channel_slots);
+  static int64_t scratch_size(const SelectiveScanParams& p) {
+    return max_channels(p) * (Which::kCount * rows + 2 + 2 * p.d_state) + 2 * p.d_state * kTimeTile;
+  }
+
+  Tiles(const SelectiveScanParams& p, const ChannelRun& run, Scratch<A>& scratch)
+      : p(p), run(run), channels(run.columns * lanes) {
+    tiles = scratch.take(channels * Which::kCount * rows);
+    D = scratch.take(channels);
+    delta_bias = scratch.take(channels);
+    A_log2e = scratch.take(p.d_state * channels);
+    h = scratch.take(p.d_state * channels);
     B = scratch.take(p.d_state * kTimeTile);
     C = scratch.take(p.d_state * kTimeTile);
     load_channel_parameter(p.D, D);
     load_channel_parameter(p.delta_bias, delta_bias);
-    const A* source = static_cast<const A*>(p.A);
+    // A carries log2(e), so that the decay is one exp2.
+    load_by_state(p.A, run.channel, A_log2e);
+    for (int64_t i = 0; i < p.d_state * channels; ++i) A_log2e[i] *= A(1.4426950408889634);
+  }
+
+  // A column's rows of one tile.
+  A* column(int64_t column, int which) const {
+    return tiles + (column * Which::kCount + which) * rows * lanes;
+  }
+
+  void load_channel_parameter(const void* source, A* target) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      const bool present = source != nullptr && c < run.channels;
+      target[c] = present ? static_cast<const A*>(source)[run.channel + c] : A(0);
+    }
+  }
+
+  // From the layout (row, N), `row` being the run's first; absent is 0.
+  void load_by_state(const void* source, int64_t row, A* target) const {
     for (int64_t n = 0; n < p.d_state; ++n) {
-      for (int64_t c = 0; c < item.columns * lanes; ++c) {
-        A_log2e[n * channel_slots + c] =
-            c < item.channels ? source[(item.channel + c) * p.d_state + n] * log2e : A(0);
+      for (int64_t c = 0; c < channels; ++c) {
+        const bool present = source != nullptr && c < run.channels;
+        target[n * channels + c] =
+            present ? static_cast<const A*>(source)[(row + c) * p.d_state + n] : A(0);
       }
     }
   }
 
-  // A carries log2(e), so that the decay is one exp2.
-  static constexpr A log2e = A(1.4426950408889634);
-
-  void load_channel_parameter(const void* source, A* target) {
-    for (int64_t c = 0; c < item.columns * lanes; ++c) {
-      const bool present = source != nullptr && c < item.channels;
-      target[c] = present ? static_cast<const A*>(source)[item.channel + c] : A(0);
-    }
-  }
-
-  // B or C of the segment: [step][state].
-  void load_states_input(const Strided4& input, const Segment& segment, A* target) {
-    const T* source =
-        static_cast<const T*>(input.data) + item.batch * input.batch + item.group * input.group;
-    for (int64_t t = segment.begin; t < segment.end; ++t) {
+  void store_by_state(const A* source, int64_t row, void* target) const {
+    for (int64_t c = 0; c < run.channels; ++c) {
       for (int64_t n = 0; n < p.d_state; ++n) {
-        *target++ = to_accumulator(source[t * input.time + n * input.state]);
+        static_cast<A*>(target)[(row + c) * p.d_state + n] = source[n * channels + c];
       }
     }
   }
 
+  // The row of a state that belongs to the segment's sequence.
+  int64_t state_row(const Segment& segment) const {
+    return (run.batch * p.sequences + segment.sequence) * p.channels + run.channel;
+  }
+
+  // The saved state on entering the segment's tile, where the segment begins it.
+  A* saved_state(const Segment& segment) const {
+    const int64_t row = run.batch * p.tiles + segment.begin / kTimeTile;
+    return static_cast<A*>(p.saved_states) + row * p.d_state * p.channels + run.channel;
+  }
+
+  void load_input(const Strided3& input, const Segment& segment, int which) const {
+    load_tile<T>(input, run.batch, segment.begin, steps, run.channel, run.channels,
+                 column(0, which), Which::kCount * rows);
+  }
+
+  void load_input(const Strided4& input, const Segment& segment, A* target) const {
+    const T* source =
+        static_cast<const T*>(input.data) + run.batch * input.batch + run.group * input.group;
+    for (int64_t t = segment.begin; t < segment.end; ++t, target += p.d_state) {
+      const T* row = source + t * input.time;
+      if (input.state == 1) {
+        for (int64_t n = 0; n < p.d_state; ++n) target[n] = to_accumulator(row[n]);
+      } else {
+        for (int64_t n = 0; n < p.d_state; ++n) target[n] = to_accumulator(row[n * input.state]);
+      }
+    }
+  }
+
+  void store_output(int which, const Segment& segment, const Strided3Out& output) const {
+    store_tile<T>(output, run.batch, segment.begin, steps, run.channel, run.channels,
+                  column(0, which), Which::kCount * rows);
+  }
+
+  // Brings in the segment's inputs; y begins as D u.
   void load(const Segment& segment) {
     steps = segment.end - segment.begin;
-    load_tile<T>(p.u, item.batch, segment.begin, steps, item.channel, item.channels, u, kTimeTile);
-    load_tile<T>(p.delta, item.batch, segment.begin, steps, item.channel, item.channels, delta,
-                 kTimeTile);
-    if (p.z.data != nullptr) {
-      load_tile<T>(p.z, item.batch, segment.begin, steps, item.channel, item.channels, z,
-                   kTimeTile);
-    }
-    load_states_input(p.B, segment, B);
-    load_states_input(p.C, segment, C);
-    for (int64_t column = 0; column < item.columns; ++column) {
-      const V bias = load_vector<V>(delta_bias + column * lanes);
-      const V skip = load_vector<V>(D + column * lanes);
-      const bool last = (column + 1) * lanes > item.channels;
-      for (int64_t step = 0; step < steps; ++step) {
-        const int64_t at = (column * kTimeTile + step) * lanes;
-        V dt_step = load_vector<V>(delta + at) + bias;
-        store_vector(delta + at, dt_step);
-        if (p.delta_softplus) dt_step = softplus(dt_step);
-        if (last) dt_step = clear_tail(dt_step);
-        const V u_step = load_vector<V>(u + at);
+    load_input(p.u, segment, Which::kU);
+    load_input(p.delta, segment, Which::kDelta);
+    if (gated()) load_input(p.z, segment, Which::kZ);
+    load_input(p.B, segment, B);
+    load_input(p.C, segment, C);
+    for (int64_t c = 0; c < run.columns; ++c) {
+      const V bias = load_vector<V>(delta_bias + c * lanes), skip = load_vector<V>(D + c * lanes);
+      A *u = column(c, Which::kU), *delta = column(c, Which::kDelta), *y = column(c, Which::kY);
+      A *dt = column(c, Which::kDt), *dt_u = column(c, Which::kDtU);
+      for (int64_t at = 0; at < steps * lanes; at += lanes) {
+        const V biased = load_vector<V>(delta + at) + bias, u_step = load_vector<V>(u + at);
+        const V dt_step = p.delta_softplus ? softplus(biased) : biased;
+        store_vector(delta + at, biased);
         store_vector(dt + at, dt_step);
         store_vector(dt_u + at, V(dt_step * u_step));
         store_vector(y + at, V(skip * u_step));
@@ -115,53 +169,43 @@ struct Tiles {
     }
   }
 
-  // Lanes past the last channel stay 0: a decay of 1, an input of 0.
-  V clear_tail(V v) {
-    const int64_t rest = item.channels % lanes;
-    if (rest != 0) {
-      for (int lane = int(rest); lane < lanes; ++lane) v[lane] = 0;
-    }
-    return v;
-  }
-
-  int64_t state_row(const Segment& segment) const {
-    return (item.batch * p.sequences + segment.sequence) * p.channels + item.channel;
-  }
-
-  // A state in the layout (row, D, N); absent is 0.
-  void load_state(const void* source, const Segment& segment, A* target) {
-    const A* state = static_cast<const A*>(source);
-    const int64_t row = state_row(segment);
-    for (int64_t n = 0; n < p.d_state; ++n) {
-      for (int64_t c = 0; c < item.columns * lanes; ++c) {
-        const bool present = state != nullptr && c < item.channels;
-        target[n * channel_slots + c] = present ? state[(row + c) * p.d_state + n] : A(0);
+  // Asks for rows of the inputs of the segment that comes next, for the part of the work on this
+  // one that is being done: memory and arithmetic then take their time side by side.
+  void prefetch(const Segment& next, int64_t part, int64_t parts) const {
+    const int64_t rows = next.end - next.begin;
+    for (const Strided3* input : {&p.u, &p.delta, &p.z, &p.dy}) {
+      if (input->data == nullptr || input->channel != 1) continue;
+      const char* data = reinterpret_cast<const char*>(static_cast<const T*>(input->data) +
+                                                       run.batch * input->batch + run.channel);
+      for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+        const char* begin = data + (next.begin + row) * input->time * int64_t(sizeof(T));
+        for (int64_t byte = 0; byte < run.channels * int64_t(sizeof(T)); byte += 64) {
+          __builtin_prefetch(begin + byte);
+        }
       }
     }
   }
 
-  void store_state(void* target, const Segment& segment, const A* source) {
-    A* state = static_cast<A*>(target);
-    const int64_t row = state_row(segment);
-    for (int64_t c = 0; c < item.channels; ++c) {
-      for (int64_t n = 0; n < p.d_state; ++n) {
-        state[(row + c) * p.d_state + n] = source[n * channel_slots + c];
-      }
-    }
-  }
-
-  // The saved state on entering the segment's tile, where the segment begins it.
-  A* saved_state(const Segment& segment) const {
-    const int64_t tile = segment.begin / kTimeTile;
-    return static_cast<A*>(p.saved_states) +
-           (item.batch * p.tiles + tile) * p.d_state * p.channels + item.channel;
-  }
+  bool gated() const { return p.z.data != nullptr; }
 
   const SelectiveScanParams& p;
-  WorkItem item;
+  ChannelRun run;
+  int64_t channels;  // with the last column's empty lanes
   int64_t steps = 0;
-  A *u, *dt, *dt_u, *y, *z, *delta, *D, *delta_bias, *A_log2e, *h, *B, *C;
+  A *tiles, *D, *delta_bias, *A_log2e, *h, *B, *C;
 };
+
+// Calls kernel(run, scratch) for the runs in work items [begin, end), each with fresh scratch.
+template <class A, class F>
+[[gnu::always_inline]] inline void for_each_run(const SelectiveScanParams& p, int64_t begin,
+                                                int64_t end, Scratch<A>& scratch, F kernel) {
+  while (begin < end) {
+    const ChannelRun run = channel_run<A>(p, begin, end);
+    kernel(run);
+    scratch.take_all_back();
+    begin += run.blocks;
+  }
+}
 
 }  // namespace MAMBABLOCK_SIMD_LEVEL
 }  // namespace mambablock

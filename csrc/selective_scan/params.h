@@ -40,15 +40,16 @@ struct SelectiveScanParams {
   const void* dfinal_state;
   Strided3Out du, ddelta, dz;
   void* dinitial_state;
-  // One partial sum per work item, added up by the op in a fixed order.
+  // One partial sum per block, or per row of the batch, added up by the op in a fixed order.
   Strided3Out dB_partial, dC_partial;  // (blocks in a group * B, L, G * N)
   void* dA_partial;                    // (B, D, N)
   void* dD_partial;                    // (B, D)
   void* ddelta_bias_partial;
 };
 
-// Channels are worked on in blocks of this many, within one group.
-inline constexpr int64_t kScanChannelBlock = 64;
+// A work item is a block of this many channels within one group; so are the partial sums, which are
+// therefore the same however blocks are shared out among threads.
+inline constexpr int64_t kScanChannelBlock = 128;
 
 inline int64_t selective_scan_blocks_in_group(const SelectiveScanParams& p) {
   return (p.channels / p.groups + kScanChannelBlock - 1) / kScanChannelBlock;

@@ -28,7 +28,7 @@ if not hasattr(torch.ops.mambablock, "selective_scan"):
     )
 
 # How many steps of time one saved state stands for; kTimeTile in csrc/common/time_segments.h.
-TIME_TILE = 64
+TIME_TILE = 32
 
 
 def register_fake(op: str) -> Callable[[Function], Function]:
