@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A work item is one segment of time of a block of channels of one row of the batch. Its inputs are
-// first brought into a tile of the accumulator's type, with the W-1 steps around them; lanes are
+// A work item is one segment of time of a block of channels of one row of the batch. Its inputs and
+// the W-1 steps around them are first brought into rows of the accumulator's type; lanes are
 // channels.
 #include "../common/simd.h"
 #include "params.h"
@@ -16,8 +16,16 @@ class Item {
   using A = Accumulator<T>;
   using V = Vector<A>;
   static constexpr int lanes = kLanes<A>;
+  // Of a row in the kernel's own memory; no power of two, so that rows spread over the cache.
+  static constexpr int64_t stride = kConvChannelBlock + 16;
+  static constexpr TileStrides strides{lanes, stride};
 
-  Item(const CausalConv1dParams& p, int64_t index)
+  // Room for the widest item's rows, `tiles` of them, and the parameters.
+  static int64_t scratch_size(const CausalConv1dParams& p, int64_t tiles) {
+    return stride * (tiles * (kTimeTile + 3 * (p.width - 1)) + p.width + 2);
+  }
+
+  Item(const CausalConv1dParams& p, int64_t index, Scratch<A>& scratch)
       : p(p),
         segment_index(index / causal_conv1d_blocks(p) % p.segment_count),
         batch(index / causal_conv1d_blocks(p) / p.segment_count),
@@ -25,208 +33,183 @@ class Item {
         channel(index % causal_conv1d_blocks(p) * kConvChannelBlock),
         channels(p.channels - channel < kConvChannelBlock ? p.channels - channel
                                                           : kConvChannelBlock),
-        columns((channels + lanes - 1) / lanes),
-        state_row((batch * p.sequences + segment.sequence) * (p.width - 1)) {}
-
-  // Row `t` of the inputs, counted in the whole row: x, or the initial state before the sequence.
-  void load_input(int64_t t, A* tile, int64_t capacity) const {
-    if (t >= segment.sequence_begin) {
-      load_tile<T>(p.x, batch, t, 1, channel, channels, tile, capacity);
-    } else {
-      load_state(p.initial_state, t - segment.sequence_begin + p.width - 1, tile, capacity);
+        state_row((batch * p.sequences + segment.sequence) * (p.width - 1)),
+        steps(segment.end - segment.begin) {
+    weight = scratch.take(p.width * stride);
+    bias = scratch.take(stride);
+    for (int64_t tap = 0; tap < p.width; ++tap) {
+      load_row(static_cast<const A*>(p.weight) + tap * p.channels + channel, 1, channels,
+               weight + tap * stride, lanes);
     }
+    load_state(p.bias, channel, bias);
   }
 
-  // Row `row` of this sequence's state; absent is 0.
-  void load_state(const void* state, int64_t row, A* tile, int64_t capacity) const {
+  // Inputs [begin, end) of the whole row: x, or the initial state before the sequence.
+  void load_inputs(int64_t begin, int64_t end, A* rows) const {
+    for (; begin < segment.sequence_begin && begin < end; ++begin, rows += stride) {
+      const int64_t row = begin - segment.sequence_begin + p.width - 1;
+      load_state(p.initial_state, state_offset(row), rows);
+    }
+    load_tile<T>(p.x, batch, begin, end - begin, channel, channels, rows, strides);
+  }
+
+  // Where this block's channels of a row of this sequence's state begin.
+  int64_t state_offset(int64_t row) const { return (state_row + row) * p.channels + channel; }
+
+  // Absent is 0.
+  void load_state(const void* state, int64_t offset, A* row) const {
     if (state == nullptr) {
-      for (int64_t column = 0; column < columns; ++column) {
-        store_vector(tile + column * capacity * lanes, V{});
-      }
+      for (int64_t c = 0; c < channels; c += lanes) store_vector(row + c, V{});
     } else {
-      load_row(static_cast<const A*>(state) + (state_row + row) * p.channels + channel, 1, channels,
-               tile, capacity);
+      load_row(static_cast<const A*>(state) + offset, 1, channels, row, lanes);
     }
   }
 
-  void store_state(void* state, int64_t row, const A* tile, int64_t capacity) const {
-    store_row(static_cast<A*>(state) + (state_row + row) * p.channels + channel, channels, tile,
-              capacity);
+  void store_state(void* state, int64_t row, const A* source) const {
+    store_row(static_cast<A*>(state) + state_offset(row), channels, source, lanes);
   }
 
-  // A row of (rows, D) of the parameters or partial sums.
-  V load_parameter(const void* source, int64_t row, int64_t column) const {
-    V v{};
-    if (source != nullptr) {
-      const A* from = static_cast<const A*>(source) + row * p.channels + channel + column * lanes;
-      const int64_t rest = channels - column * lanes;
-      if (rest >= lanes) {
-        v = load_vector<V>(from);
-      } else {
-        for (int64_t lane = 0; lane < rest; ++lane) v[lane] = from[lane];
-      }
+  // bias + sum_w weight_w x_w of the vector at `c`, the first of whose inputs is in the row at x.
+  template <int Width>
+  [[gnu::always_inline]] V convolve(const A* x, int64_t c) const {
+    V sum = load_vector<V>(bias + c);
+    const int64_t width = Width > 0 ? Width : p.width;
+    for (int64_t tap = 0; tap < width; ++tap) {
+      sum += load_vector<V>(weight + tap * stride + c) * load_vector<V>(x + tap * stride + c);
     }
-    return v;
-  }
-
-  void store_sum(void* target, int64_t row, int64_t column, V v) const {
-    A* to = static_cast<A*>(target) + row * p.channels + channel + column * lanes;
-    const int64_t rest = channels - column * lanes;
-    if (rest >= lanes) {
-      store_vector(to, v);
-    } else {
-      for (int64_t lane = 0; lane < rest; ++lane) to[lane] = v[lane];
-    }
+    return sum;
   }
 
   const CausalConv1dParams& p;
   int64_t segment_index, batch;
   const Segment& segment;
-  int64_t channel, channels, columns, state_row;
+  int64_t channel, channels, state_row, steps;
+  A *weight, *bias;
 };
 
-// The convolution's output at the tile's row `row`, whose last tap is the input at `row` + W - 1.
-template <int Width, class V>
-[[gnu::always_inline]] inline V convolve(const ScalarOf<V>* x, const V* weight, int64_t width,
-                                         V sum) {
-  const int64_t taps = Width > 0 ? Width : width;
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    sum += weight[tap] * load_vector<V>(x + tap * VectorTraits<V>::lanes);
-  }
-  return sum;
-}
-
 template <int Width, class T>
-void forward_columns(const Item<T>& item, const Accumulator<T>* x, Accumulator<T>* y,
-                     int64_t capacity, Vector<Accumulator<T>>* weight) {
-  using V = typename Item<T>::V;
-  constexpr int lanes = Item<T>::lanes;
-  const CausalConv1dParams& p = item.p;
-  const int64_t steps = item.segment.end - item.segment.begin;
-  for (int64_t column = 0; column < item.columns; ++column) {
-    V fixed[Width > 0 ? Width : 1];
-    V* w = Width > 0 ? fixed : weight;
-    for (int64_t tap = 0; tap < p.width; ++tap) {
-      w[tap] = item.load_parameter(p.weight, tap, column);
-    }
-    const V bias = item.load_parameter(p.bias, 0, column);
-    for (int64_t step = 0; step < steps; ++step) {
-      V sum = convolve<Width>(x + (column * capacity + step) * lanes, w, p.width, bias);
-      if (p.silu) sum = silu(sum);
-      store_vector(y + (column * kTimeTile + step) * lanes, sum);
-    }
-  }
-}
-
-template <class T>
 void forward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
   using A = Accumulator<T>;
-  constexpr int lanes = kLanes<A>;
+  using V = Vector<A>;
+  constexpr int64_t stride = Item<T>::stride;
   const CausalConv1dParams& p = item.p;
   const Segment& segment = item.segment;
-  const int64_t steps = segment.end - segment.begin, before = p.width - 1;
-  const int64_t capacity = kTimeTile + before;
-  A* x = scratch.take(capacity * kConvChannelBlock);
-  A* y = scratch.take(kTimeTile * kConvChannelBlock);
-  auto* weight = reinterpret_cast<Vector<A>*>(scratch.take(p.width * lanes));
+  const int64_t before = p.width - 1;
+  A* x = scratch.take((item.steps + before) * stride);
+  A* y = scratch.take(stride);
+  item.load_inputs(segment.begin - before, segment.end, x);
+  T* target = static_cast<T*>(p.y.data) + item.batch * p.y.batch + item.channel;
+  for (int64_t step = 0; step < item.steps; ++step) {
+    for (int64_t c = 0; c < item.channels; c += item.lanes) {
+      const V sum = item.template convolve<Width>(x + step * stride, c);
+      store_vector(y + c, p.silu ? silu(sum) : sum);
+    }
+    store_row(target + (segment.begin + step) * p.y.time, item.channels, y, item.lanes);
+  }
+  if (!segment.ends()) return;
   for (int64_t row = 0; row < before; ++row) {
-    item.load_input(segment.begin - before + row, x + row * lanes, capacity);
+    item.store_state(p.final_state, row, x + (item.steps + row) * stride);
   }
-  load_tile<T>(p.x, item.batch, segment.begin, steps, item.channel, item.channels,
-               x + before * lanes, capacity);
-  if (p.width == 4) {
-    forward_columns<4>(item, x, y, capacity, weight);
-  } else {
-    forward_columns<0>(item, x, y, capacity, weight);
-  }
-  store_tile<T>(p.y, item.batch, segment.begin, steps, item.channel, item.channels, y, kTimeTile);
-  if (segment.ends()) {
-    for (int64_t row = 0; row < before; ++row) {
-      item.store_state(p.final_state, row, x + (steps + row) * lanes, capacity);
+}
+
+// Turns rows of dy into rows of dpre, the gradient before the SiLU.
+template <int Width, class T>
+void through_silu(const Item<T>& item, const Accumulator<T>* x, int64_t rows,
+                  Accumulator<T>* dpre) {
+  using V = typename Item<T>::V;
+  for (int64_t row = 0; row < rows; ++row, x += item.stride, dpre += item.stride) {
+    for (int64_t c = 0; c < item.channels; c += item.lanes) {
+      const V pre = item.template convolve<Width>(x, c);
+      store_vector(dpre + c, V(load_vector<V>(dpre + c) * silu_derivative(pre, sigmoid(pre))));
     }
   }
 }
 
-// dx at step t sums weight[tap] dpre at t + W-1-tap, dpre being the gradient before the SiLU; so
-// the tile of dpre reaches W-1 steps past the segment's end.
-template <class T>
+// The segment's partial sums: dweight_w = sum_t dpre_t x_{t-W+1+w}, dbias = sum_t dpre_t.
+template <int Width, class T>
+void store_parameter_sums(const Item<T>& item, const Accumulator<T>* x, const Accumulator<T>* dpre,
+                          Accumulator<T>* sums) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  constexpr int64_t stride = Item<T>::stride;
+  const CausalConv1dParams& p = item.p;
+  const int64_t partial = item.batch * p.segment_count + item.segment_index;
+  const auto store = [&](void* target, int64_t row, const A* source) {
+    store_row(static_cast<A*>(target) + row * p.channels + item.channel, item.channels, source,
+              item.lanes);
+  };
+  // As many taps at a time as Width, so that their sums stay in registers.
+  constexpr int taps = Width > 0 ? Width : 1;
+  for (int64_t tap = 0; tap < p.width; tap += taps) {
+    for (int64_t c = 0; c < item.channels; c += item.lanes) {
+      V dweight[taps]{};
+      for (int64_t step = 0; step < item.steps; ++step) {
+        const V gradient = load_vector<V>(dpre + step * stride + c);
+        for (int i = 0; i < taps; ++i) {
+          dweight[i] += gradient * load_vector<V>(x + (step + tap + i) * stride + c);
+        }
+      }
+      for (int i = 0; i < taps; ++i) store_vector(sums + i * stride + c, dweight[i]);
+    }
+    for (int i = 0; i < taps; ++i) {
+      store(p.dweight_partial, partial * p.width + tap + i, sums + i * stride);
+    }
+  }
+  for (int64_t c = 0; c < item.channels; c += item.lanes) {
+    V dbias{};
+    for (int64_t step = 0; step < item.steps; ++step) {
+      dbias += load_vector<V>(dpre + step * stride + c);
+    }
+    store_vector(sums + c, dbias);
+  }
+  store(p.dbias_partial, partial, sums);
+}
+
+// dx_t = sum_w weight_w dpre_{t+W-1-w}, so rows of dpre reach W-1 steps past the segment's end.
+template <int Width, class T>
 void backward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
   using A = Accumulator<T>;
   using V = Vector<A>;
-  constexpr int lanes = kLanes<A>;
+  constexpr int64_t stride = Item<T>::stride;
   const CausalConv1dParams& p = item.p;
   const Segment& segment = item.segment;
-  const int64_t width = p.width, around = width - 1;
-  const int64_t capacity = kTimeTile + 2 * around;
-  A* x = scratch.take(capacity * kConvChannelBlock);
-  A* dpre = scratch.take(capacity * kConvChannelBlock);
-  A* dx = scratch.take(capacity * kConvChannelBlock);
-  A* dstate = scratch.take(capacity * kConvChannelBlock);
-  auto* weight = reinterpret_cast<V*>(scratch.take(width * lanes));
-  auto* dweight = reinterpret_cast<V*>(scratch.take(width * lanes));
-  const int64_t steps = segment.end - segment.begin;
-  const int64_t after =
-      segment.sequence_end - segment.end < around ? segment.sequence_end - segment.end : around;
+  const int64_t around = p.width - 1, rest = segment.sequence_end - segment.end;
+  const int64_t after = rest < around ? rest : around, rows = item.steps + after;
+  A* x = scratch.take((around + rows) * stride);
+  A* dpre = scratch.take((item.steps + 2 * around) * stride);
+  A* sums = scratch.take(p.width * stride);
+  A* dx = scratch.take(stride);
+  item.load_inputs(segment.begin - around, segment.end + after, x);
+  load_tile<T>(p.dy, item.batch, segment.begin, rows, item.channel, item.channels,
+               dpre + around * stride, item.strides);
+  if (p.silu) through_silu<Width>(item, x, rows, dpre + around * stride);
+  store_parameter_sums<Width>(item, x, dpre + around * stride, sums);
+  // No gradient flows from before the sequence's begin or after its end; other segments give
+  // theirs.
+  for (int64_t row = 0; row < around; ++row) item.load_state(nullptr, 0, dpre + row * stride);
+  for (int64_t row = around + rows; row < item.steps + 2 * around; ++row) {
+    item.load_state(nullptr, 0, dpre + row * stride);
+  }
   // A segment that begins its sequence also gives the gradient of the W-1 inputs before it.
-  const int64_t before = segment.starts() ? around : 0;
-  for (int64_t row = 0; row < around + steps + after; ++row) {
-    item.load_input(segment.begin - around + row, x + row * lanes, capacity);
-  }
-  load_tile<T>(p.dy, item.batch, segment.begin, steps + after, item.channel, item.channels,
-               dpre + around * lanes, capacity);
-  // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
-  for (int64_t row = 0; row < before + steps; ++row) {
-    const int64_t in_state = segment.begin - before + row - (segment.sequence_end - around);
-    item.load_state(in_state >= 0 ? p.dfinal_state : nullptr, in_state, dstate + row * lanes,
-                    capacity);
-  }
-  const int64_t partial_row = item.batch * p.segment_count + item.segment_index;
-  for (int64_t column = 0; column < item.columns; ++column) {
-    const int64_t first = column * capacity * lanes;
-    const V bias = item.load_parameter(p.bias, 0, column);
-    V dbias{};
-    for (int64_t tap = 0; tap < width; ++tap) {
-      weight[tap] = item.load_parameter(p.weight, tap, column);
-      dweight[tap] = V{};
-    }
-    for (int64_t row = 0; row < around; ++row) store_vector(dpre + first + row * lanes, V{});
-    for (int64_t row = steps + around + after; row < steps + 2 * around; ++row) {
-      store_vector(dpre + first + row * lanes, V{});
-    }
-    for (int64_t step = 0; step < steps + after; ++step) {
-      A* at = dpre + first + (around + step) * lanes;
-      const A* taps = x + first + step * lanes;
-      V gradient = load_vector<V>(at);
-      if (p.silu) {
-        const V pre = convolve<0>(taps, weight, width, bias);
-        gradient *= silu_derivative(pre, sigmoid(pre));
-        store_vector(at, gradient);
-      }
-      if (step < steps) {
-        dbias += gradient;
-        for (int64_t tap = 0; tap < width; ++tap) {
-          dweight[tap] += gradient * load_vector<V>(taps + tap * lanes);
-        }
-      }
-    }
-    for (int64_t row = 0; row < before + steps; ++row) {
-      V sum = load_vector<V>(dstate + first + row * lanes);
-      const A* gradients = dpre + first + (around - before + row) * lanes;
+  T* target = static_cast<T*>(p.dx.data) + item.batch * p.dx.batch + item.channel;
+  for (int64_t step = segment.starts() ? -around : 0; step < item.steps; ++step) {
+    const int64_t t = segment.begin + step;
+    // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
+    const int64_t in_state = t - (segment.sequence_end - around);
+    item.load_state(in_state >= 0 ? p.dfinal_state : nullptr, item.state_offset(in_state), dx);
+    const int64_t width = Width > 0 ? Width : p.width;
+    for (int64_t c = 0; c < item.channels; c += item.lanes) {
+      V sum = load_vector<V>(dx + c);
       for (int64_t tap = 0; tap < width; ++tap) {
-        sum += weight[tap] * load_vector<V>(gradients + (around - tap) * lanes);
+        sum += load_vector<V>(item.weight + tap * stride + c) *
+               load_vector<V>(dpre + (step + 2 * around - tap) * stride + c);
       }
-      store_vector(dx + first + row * lanes, sum);
+      store_vector(dx + c, sum);
     }
-    for (int64_t tap = 0; tap < width; ++tap) {
-      item.store_sum(p.dweight_partial, partial_row * width + tap, column, dweight[tap]);
-    }
-    item.store_sum(p.dbias_partial, partial_row, column, dbias);
-  }
-  store_tile<T>(p.dx, item.batch, segment.begin, steps, item.channel, item.channels,
-                dx + before * lanes, capacity);
-  if (segment.starts() && p.dinitial_state != nullptr) {
-    for (int64_t row = 0; row < around; ++row) {
-      item.store_state(p.dinitial_state, row, dx + row * lanes, capacity);
+    if (step >= 0) {
+      store_row(target + t * p.dx.time, item.channels, dx, item.lanes);
+    } else if (p.dinitial_state != nullptr) {
+      item.store_state(p.dinitial_state, around + step, dx);
     }
   }
 }
@@ -235,11 +218,11 @@ void backward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
 
 void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
-    using A = Accumulator<decltype(type)>;
-    const int64_t size = (2 * kTimeTile + p.width - 1) * kConvChannelBlock + p.width * kLanes<A>;
-    Scratch<A> scratch(size);
+    using T = decltype(type);
+    Scratch<Accumulator<T>> scratch(Item<T>::scratch_size(p, 1));
     for (int64_t index = begin; index < end; ++index) {
-      forward_item(Item<decltype(type)>(p, index), scratch);
+      const Item<T> item(p, index, scratch);
+      p.width == 4 ? forward_item<4>(item, scratch) : forward_item<0>(item, scratch);
       scratch.take_all_back();
     }
   });
@@ -247,12 +230,11 @@ void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t e
 
 void causal_conv1d_backward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
-    using A = Accumulator<decltype(type)>;
-    const int64_t capacity = kTimeTile + 2 * (p.width - 1);
-    const int64_t size = 4 * capacity * kConvChannelBlock + 2 * p.width * kLanes<A>;
-    Scratch<A> scratch(size);
+    using T = decltype(type);
+    Scratch<Accumulator<T>> scratch(Item<T>::scratch_size(p, 2) + p.width * Item<T>::stride);
     for (int64_t index = begin; index < end; ++index) {
-      backward_item(Item<decltype(type)>(p, index), scratch);
+      const Item<T> item(p, index, scratch);
+      p.width == 4 ? backward_item<4>(item, scratch) : backward_item<0>(item, scratch);
       scratch.take_all_back();
     }
   });

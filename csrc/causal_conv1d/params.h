@@ -41,7 +41,7 @@ struct CausalConv1dParams {
 };
 
 // Channels are worked on in blocks of this many.
-inline constexpr int64_t kConvChannelBlock = 128;
+inline constexpr int64_t kConvChannelBlock = 256;
 
 inline int64_t causal_conv1d_blocks(const CausalConv1dParams& p) {
   return (p.channels + kConvChannelBlock - 1) / kConvChannelBlock;

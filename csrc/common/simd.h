@@ -128,20 +128,23 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// A tile holds channels in columns of kLanes: lane l of column c at a step is element
-// (c * capacity + step) * kLanes + l. Lanes past the last channel are kept 0.
+// Where the steps of a block of channels lie in a kernel's own memory: lane l of column c at a step
+// is element c * column + step * step + l. Lanes past the last channel are kept 0.
+struct TileStrides {
+  int64_t column, step;
+};
+
+// One step: `channels` elements, `stride` apart, to or from columns.
 template <class T>
-inline void load_row(const T* source, int64_t stride, int64_t channels, Accumulator<T>* tile,
-                     int64_t capacity) {
+inline void load_row(const T* source, int64_t stride, int64_t channels, Accumulator<T>* target,
+                     int64_t column) {
   using A = Accumulator<T>;
   constexpr int lanes = kLanes<A>;
   const int64_t whole = stride == 1 ? channels / lanes * lanes : 0;
-  for (int64_t c = 0; c < whole; c += lanes) {
-    A* target = tile + c * capacity;
+  for (int64_t c = 0; c < whole; c += lanes, target += column) {
     for (int lane = 0; lane < lanes; ++lane) target[lane] = to_accumulator(source[c + lane]);
   }
-  for (int64_t c = whole; c < channels; c += lanes) {
-    A* target = tile + c * capacity;
+  for (int64_t c = whole; c < channels; c += lanes, target += column) {
     const int64_t rest = channels - c < lanes ? channels - c : lanes;
     for (int64_t lane = 0; lane < lanes; ++lane) {
       target[lane] = lane < rest ? to_accumulator(source[(c + lane) * stride]) : A(0);
@@ -149,39 +152,37 @@ inline void load_row(const T* source, int64_t stride, int64_t channels, Accumula
   }
 }
 
-// Steps [begin, begin + steps) of channels [channel, channel + channels) of one row of the batch.
 template <class T>
-inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64_t steps,
-                      int64_t channel, int64_t channels, Accumulator<T>* tile, int64_t capacity) {
-  const T* source = static_cast<const T*>(input.data) + batch * input.batch + begin * input.time +
-                    channel * input.channel;
-  for (int64_t step = 0; step < steps; ++step) {
-    load_row(source + step * input.time, input.channel, channels,
-             tile + step * kLanes<Accumulator<T>>, capacity);
+inline void store_row(T* target, int64_t channels, const Accumulator<T>* source, int64_t column) {
+  constexpr int lanes = kLanes<Accumulator<T>>;
+  for (; channels >= lanes; channels -= lanes, target += lanes, source += column) {
+    for (int lane = 0; lane < lanes; ++lane) target[lane] = from_accumulator<T>(source[lane]);
+  }
+  for (int64_t lane = 0; lane < channels; ++lane) {
+    target[lane] = from_accumulator<T>(source[lane]);
   }
 }
 
+// Steps [begin, begin + steps) of channels [channel, channel + channels) of one row of the batch.
 template <class T>
-inline void store_row(T* target, int64_t channels, const Accumulator<T>* tile, int64_t capacity) {
-  constexpr int lanes = kLanes<Accumulator<T>>;
-  int64_t c = 0;
-  for (; c + lanes <= channels; c += lanes) {
-    const Accumulator<T>* source = tile + c * capacity;
-    for (int lane = 0; lane < lanes; ++lane) target[c + lane] = from_accumulator<T>(source[lane]);
-  }
-  for (; c < channels; ++c) {
-    target[c] = from_accumulator<T>(tile[c / lanes * lanes * capacity + c % lanes]);
+inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64_t steps,
+                      int64_t channel, int64_t channels, Accumulator<T>* tile,
+                      TileStrides strides) {
+  const T* source = static_cast<const T*>(input.data) + batch * input.batch + begin * input.time +
+                    channel * input.channel;
+  for (int64_t step = 0; step < steps; ++step) {
+    load_row(source + step * input.time, input.channel, channels, tile + step * strides.step,
+             strides.column);
   }
 }
 
 template <class T>
 inline void store_tile(const Strided3Out& output, int64_t batch, int64_t begin, int64_t steps,
                        int64_t channel, int64_t channels, const Accumulator<T>* tile,
-                       int64_t capacity) {
+                       TileStrides strides) {
   T* target = static_cast<T*>(output.data) + batch * output.batch + begin * output.time + channel;
   for (int64_t step = 0; step < steps; ++step) {
-    store_row(target + step * output.time, channels, tile + step * kLanes<Accumulator<T>>,
-              capacity);
+    store_row(target + step * output.time, channels, tile + step * strides.step, strides.column);
   }
 }
 

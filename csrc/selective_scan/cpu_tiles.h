@@ -125,7 +125,7 @@ struct Tiles {
 
   void load_input(const Strided3& input, const Segment& segment, int which) const {
     load_tile<T>(input, run.batch, segment.begin, steps, run.channel, run.channels,
-                 column(0, which), Which::kCount * rows);
+                 column(0, which), {Which::kCount * rows * lanes, lanes});
   }
 
   void load_input(const Strided4& input, const Segment& segment, A* target) const {
@@ -143,7 +143,7 @@ struct Tiles {
 
   void store_output(int which, const Segment& segment, const Strided3Out& output) const {
     store_tile<T>(output, run.batch, segment.begin, steps, run.channel, run.channels,
-                  column(0, which), Which::kCount * rows);
+                  column(0, which), {Which::kCount * rows * lanes, lanes});
   }
 
   // Brings in the segment's inputs; y begins as D u.
