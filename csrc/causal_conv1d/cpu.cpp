@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A work item is one segment of time of a block of channels of one row of the batch. Its inputs and
-// the W-1 steps around them are first brought into rows of the accumulator's type; lanes are
-// channels.
+// A work item is a chunk of segments of time of a block of channels of one row of the batch. The
+// inputs of each segment and the W-1 steps around them are first brought into rows of the
+// accumulator's type; lanes are channels.
 #include "../common/simd.h"
 #include "params.h"
 
@@ -20,21 +20,18 @@ class Item {
   static constexpr int64_t stride = kConvChannelBlock + 16;
   static constexpr TileStrides strides{lanes, stride};
 
-  // Room for the widest item's rows, `tiles` of them, and the parameters.
+  // Room for `tiles` tiles of a segment and the steps around it, for the parameters and their sums.
   static int64_t scratch_size(const CausalConv1dParams& p, int64_t tiles) {
-    return stride * (tiles * (kTimeTile + 3 * (p.width - 1)) + p.width + 2);
+    return stride * (tiles * (kTimeTile + 2 * (p.width - 1)) + 2 * (p.width + 1) + 4);
   }
 
   Item(const CausalConv1dParams& p, int64_t index, Scratch<A>& scratch)
       : p(p),
-        segment_index(index / causal_conv1d_blocks(p) % p.segment_count),
-        batch(index / causal_conv1d_blocks(p) / p.segment_count),
-        segment(p.segments[segment_index]),
+        chunk(index / causal_conv1d_blocks(p)),
+        batch(chunk / causal_conv1d_chunks(p)),
         channel(index % causal_conv1d_blocks(p) * kConvChannelBlock),
         channels(p.channels - channel < kConvChannelBlock ? p.channels - channel
-                                                          : kConvChannelBlock),
-        state_row((batch * p.sequences + segment.sequence) * (p.width - 1)),
-        steps(segment.end - segment.begin) {
+                                                          : kConvChannelBlock) {
     weight = scratch.take(p.width * stride);
     bias = scratch.take(stride);
     for (int64_t tap = 0; tap < p.width; ++tap) {
@@ -42,6 +39,15 @@ class Item {
                weight + tap * stride, lanes);
     }
     load_state(p.bias, channel, bias);
+  }
+
+  // Goes to the chunk's segment `index`; false where there is none.
+  bool next_segment(int64_t index) {
+    const int64_t i = chunk % causal_conv1d_chunks(p) * kConvSegmentChunk + index;
+    if (index == kConvSegmentChunk || i == p.segment_count) return false;
+    segment = p.segments[i];
+    steps = segment.end - segment.begin;
+    return true;
   }
 
   // Inputs [begin, end) of the whole row: x, or the initial state before the sequence.
@@ -54,7 +60,10 @@ class Item {
   }
 
   // Where this block's channels of a row of this sequence's state begin.
-  int64_t state_offset(int64_t row) const { return (state_row + row) * p.channels + channel; }
+  int64_t state_offset(int64_t row) const {
+    const int64_t state = batch * p.sequences + segment.sequence;
+    return (state * (p.width - 1) + row) * p.channels + channel;
+  }
 
   // Absent is 0.
   void load_state(const void* state, int64_t offset, A* row) const {
@@ -69,42 +78,65 @@ class Item {
     store_row(static_cast<A*>(state) + state_offset(row), channels, source, lanes);
   }
 
-  // bias + sum_w weight_w x_w of the vector at `c`, the first of whose inputs is in the row at x.
-  template <int Width>
-  [[gnu::always_inline]] V convolve(const A* x, int64_t c) const {
-    V sum = load_vector<V>(bias + c);
+  // Adds sum_w weight_w x_{t+w} of the vectors at `c` to the sums of `Rows` steps t, of the first
+  // of which the row at x is the first input; with Sign -1, x_{t-w}. Rows at once share their
+  // loads.
+  template <int Width, int Sign, int Rows>
+  [[gnu::always_inline]] void convolve(const A* x, int64_t c, V (&sums)[Rows]) const {
     const int64_t width = Width > 0 ? Width : p.width;
     for (int64_t tap = 0; tap < width; ++tap) {
-      sum += load_vector<V>(weight + tap * stride + c) * load_vector<V>(x + tap * stride + c);
+      const V w = load_vector<V>(weight + tap * stride + c);
+      for (int row = 0; row < Rows; ++row) {
+        sums[row] += w * load_vector<V>(x + (row + Sign * tap) * stride + c);
+      }
     }
-    return sum;
   }
 
   const CausalConv1dParams& p;
-  int64_t segment_index, batch;
-  const Segment& segment;
-  int64_t channel, channels, state_row, steps;
+  int64_t chunk;  // counted through the whole batch
+  int64_t batch, channel, channels;
+  Segment segment{};
+  int64_t steps = 0;
   A *weight, *bias;
 };
 
+// Steps done at once where d_conv is known.
+template <int Width>
+constexpr int kRowsAtOnce = Width > 0 ? 4 : 1;
+
+// The outputs of `Rows` steps, x being the row of the first one's first input.
+template <int Width, int Rows, class T>
+void forward_rows(const Item<T>& item, const Accumulator<T>* x, Accumulator<T>* y, T* target) {
+  using V = Vector<Accumulator<T>>;
+  for (int64_t c = 0; c < item.channels; c += item.lanes) {
+    V sums[Rows];
+    for (V& sum : sums) sum = load_vector<V>(item.bias + c);
+    item.template convolve<Width, 1>(x, c, sums);
+    for (int row = 0; row < Rows; ++row) {
+      store_vector(y + row * item.stride + c, item.p.silu ? silu(sums[row]) : sums[row]);
+    }
+  }
+  for (int row = 0; row < Rows; ++row) {
+    store_row(target + row * item.p.y.time, item.channels, y + row * item.stride, item.lanes);
+  }
+}
+
 template <int Width, class T>
-void forward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
-  using A = Accumulator<T>;
-  using V = Vector<A>;
+void forward_segment(const Item<T>& item, Accumulator<T>* x, Accumulator<T>* y) {
   constexpr int64_t stride = Item<T>::stride;
+  constexpr int rows = kRowsAtOnce<Width>;
   const CausalConv1dParams& p = item.p;
   const Segment& segment = item.segment;
   const int64_t before = p.width - 1;
-  A* x = scratch.take((item.steps + before) * stride);
-  A* y = scratch.take(stride);
   item.load_inputs(segment.begin - before, segment.end, x);
-  T* target = static_cast<T*>(p.y.data) + item.batch * p.y.batch + item.channel;
-  for (int64_t step = 0; step < item.steps; ++step) {
-    for (int64_t c = 0; c < item.channels; c += item.lanes) {
-      const V sum = item.template convolve<Width>(x + step * stride, c);
-      store_vector(y + c, p.silu ? silu(sum) : sum);
-    }
-    store_row(target + (segment.begin + step) * p.y.time, item.channels, y, item.lanes);
+  T* target =
+      static_cast<T*>(p.y.data) + item.batch * p.y.batch + segment.begin * p.y.time + item.channel;
+  int64_t step = 0;
+  for (; step + rows <= item.steps; step += rows) {
+    forward_rows<Width, rows>(item, x + step * stride, y, target + step * p.y.time);
+  }
+  for (; step < item.steps; ++step) {
+    forward_rows<Width, 1>(item, x + step * stride, y, target + step * p.y.time);
   }
   if (!segment.ends()) return;
   for (int64_t row = 0; row < before; ++row) {
@@ -112,78 +144,114 @@ void forward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
   }
 }
 
-// Turns rows of dy into rows of dpre, the gradient before the SiLU.
 template <int Width, class T>
-void through_silu(const Item<T>& item, const Accumulator<T>* x, int64_t rows,
-                  Accumulator<T>* dpre) {
-  using V = typename Item<T>::V;
-  for (int64_t row = 0; row < rows; ++row, x += item.stride, dpre += item.stride) {
-    for (int64_t c = 0; c < item.channels; c += item.lanes) {
-      const V pre = item.template convolve<Width>(x, c);
-      store_vector(dpre + c, V(load_vector<V>(dpre + c) * silu_derivative(pre, sigmoid(pre))));
+void forward_item(Item<T> item, Scratch<Accumulator<T>>& scratch) {
+  auto* x = scratch.take((kTimeTile + item.p.width - 1) * item.stride);
+  auto* y = scratch.take(kRowsAtOnce<Width> * item.stride);
+  for (int64_t i = 0; item.next_segment(i); ++i) forward_segment<Width>(item, x, y);
+}
+
+// Turns rows of dy into rows of dpre, the gradient before the SiLU.
+template <int Width, int Rows, class T>
+void through_silu_rows(const Item<T>& item, const Accumulator<T>* x, Accumulator<T>* dpre) {
+  using V = Vector<Accumulator<T>>;
+  for (int64_t c = 0; c < item.channels; c += item.lanes) {
+    V pre[Rows];
+    for (V& sum : pre) sum = load_vector<V>(item.bias + c);
+    item.template convolve<Width, 1>(x, c, pre);
+    for (int row = 0; row < Rows; ++row) {
+      auto* at = dpre + row * item.stride + c;
+      const V derivative = silu_derivative(pre[row], sigmoid(pre[row]));
+      store_vector(at, V(load_vector<V>(at) * derivative));
     }
   }
 }
 
-// The segment's partial sums: dweight_w = sum_t dpre_t x_{t-W+1+w}, dbias = sum_t dpre_t.
 template <int Width, class T>
-void store_parameter_sums(const Item<T>& item, const Accumulator<T>* x, const Accumulator<T>* dpre,
-                          Accumulator<T>* sums) {
-  using A = Accumulator<T>;
-  using V = Vector<A>;
+void through_silu(const Item<T>& item, const Accumulator<T>* x, int64_t count,
+                  Accumulator<T>* dpre) {
+  constexpr int rows = kRowsAtOnce<Width>;
+  int64_t row = 0;
+  for (; row + rows <= count; row += rows) {
+    through_silu_rows<Width, rows>(item, x + row * item.stride, dpre + row * item.stride);
+  }
+  for (; row < count; ++row) {
+    through_silu_rows<Width, 1>(item, x + row * item.stride, dpre + row * item.stride);
+  }
+}
+
+// Adds dweight_w = sum_t dpre_t x_{t-W+1+w} of the segment, and in row W dbias = sum_t dpre_t.
+template <int Width, class T>
+void add_parameter_sums(const Item<T>& item, const Accumulator<T>* x, const Accumulator<T>* dpre,
+                        Accumulator<T>* sums) {
+  using V = typename Item<T>::V;
   constexpr int64_t stride = Item<T>::stride;
-  const CausalConv1dParams& p = item.p;
-  const int64_t partial = item.batch * p.segment_count + item.segment_index;
-  const auto store = [&](void* target, int64_t row, const A* source) {
-    store_row(static_cast<A*>(target) + row * p.channels + item.channel, item.channels, source,
-              item.lanes);
-  };
   // As many taps at a time as Width, so that their sums stay in registers.
   constexpr int taps = Width > 0 ? Width : 1;
-  for (int64_t tap = 0; tap < p.width; tap += taps) {
-    for (int64_t c = 0; c < item.channels; c += item.lanes) {
-      V dweight[taps]{};
+  for (int64_t c = 0; c < item.channels; c += item.lanes) {
+    for (int64_t tap = 0; tap < item.p.width; tap += taps) {
+      V dweight[taps];
+      for (int i = 0; i < taps; ++i) dweight[i] = load_vector<V>(sums + (tap + i) * stride + c);
       for (int64_t step = 0; step < item.steps; ++step) {
         const V gradient = load_vector<V>(dpre + step * stride + c);
         for (int i = 0; i < taps; ++i) {
           dweight[i] += gradient * load_vector<V>(x + (step + tap + i) * stride + c);
         }
       }
-      for (int i = 0; i < taps; ++i) store_vector(sums + i * stride + c, dweight[i]);
+      for (int i = 0; i < taps; ++i) store_vector(sums + (tap + i) * stride + c, dweight[i]);
     }
-    for (int i = 0; i < taps; ++i) {
-      store(p.dweight_partial, partial * p.width + tap + i, sums + i * stride);
-    }
-  }
-  for (int64_t c = 0; c < item.channels; c += item.lanes) {
-    V dbias{};
+    V dbias = load_vector<V>(sums + item.p.width * stride + c);
     for (int64_t step = 0; step < item.steps; ++step) {
       dbias += load_vector<V>(dpre + step * stride + c);
     }
-    store_vector(sums + c, dbias);
+    store_vector(sums + item.p.width * stride + c, dbias);
   }
-  store(p.dbias_partial, partial, sums);
 }
 
-// dx_t = sum_w weight_w dpre_{t+W-1-w}, so rows of dpre reach W-1 steps past the segment's end.
+// dx of `Rows` steps from `step`: dx_t = sum_w weight_w dpre_{t+W-1-w}. A negative step is an input
+// before the sequence, from the initial state.
+template <int Width, int Rows, class T>
+void input_gradient(const Item<T>& item, const Accumulator<T>* dpre, Accumulator<T>* dx,
+                    int64_t step) {
+  using V = Vector<Accumulator<T>>;
+  const CausalConv1dParams& p = item.p;
+  const int64_t around = p.width - 1, t = item.segment.begin + step;
+  for (int row = 0; row < Rows; ++row) {
+    // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
+    const int64_t in_state = t + row - (item.segment.sequence_end - around);
+    item.load_state(in_state >= 0 ? p.dfinal_state : nullptr, item.state_offset(in_state),
+                    dx + row * item.stride);
+  }
+  for (int64_t c = 0; c < item.channels; c += item.lanes) {
+    V sums[Rows];
+    for (int row = 0; row < Rows; ++row) sums[row] = load_vector<V>(dx + row * item.stride + c);
+    item.template convolve<Width, -1>(dpre + (step + 2 * around) * item.stride, c, sums);
+    for (int row = 0; row < Rows; ++row) store_vector(dx + row * item.stride + c, sums[row]);
+  }
+  if (step < 0) {
+    if (p.dinitial_state != nullptr) item.store_state(p.dinitial_state, around + step, dx);
+    return;
+  }
+  T* target = static_cast<T*>(p.dx.data) + item.batch * p.dx.batch + t * p.dx.time + item.channel;
+  for (int row = 0; row < Rows; ++row) {
+    store_row(target + row * p.dx.time, item.channels, dx + row * item.stride, item.lanes);
+  }
+}
+
+// Rows of x and dpre reach W-1 steps past the segment's end, for dx.
 template <int Width, class T>
-void backward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
-  using A = Accumulator<T>;
-  using V = Vector<A>;
+void backward_segment(const Item<T>& item, Accumulator<T>* x, Accumulator<T>* dpre,
+                      Accumulator<T>* dx, Accumulator<T>* sums) {
   constexpr int64_t stride = Item<T>::stride;
   const CausalConv1dParams& p = item.p;
   const Segment& segment = item.segment;
   const int64_t around = p.width - 1, rest = segment.sequence_end - segment.end;
   const int64_t after = rest < around ? rest : around, rows = item.steps + after;
-  A* x = scratch.take((around + rows) * stride);
-  A* dpre = scratch.take((item.steps + 2 * around) * stride);
-  A* sums = scratch.take(p.width * stride);
-  A* dx = scratch.take(stride);
   item.load_inputs(segment.begin - around, segment.end + after, x);
   load_tile<T>(p.dy, item.batch, segment.begin, rows, item.channel, item.channels,
                dpre + around * stride, item.strides);
   if (p.silu) through_silu<Width>(item, x, rows, dpre + around * stride);
-  store_parameter_sums<Width>(item, x, dpre + around * stride, sums);
+  add_parameter_sums<Width>(item, x, dpre + around * stride, sums);
   // No gradient flows from before the sequence's begin or after its end; other segments give
   // theirs.
   for (int64_t row = 0; row < around; ++row) item.load_state(nullptr, 0, dpre + row * stride);
@@ -191,27 +259,32 @@ void backward_item(const Item<T>& item, Scratch<Accumulator<T>>& scratch) {
     item.load_state(nullptr, 0, dpre + row * stride);
   }
   // A segment that begins its sequence also gives the gradient of the W-1 inputs before it.
-  T* target = static_cast<T*>(p.dx.data) + item.batch * p.dx.batch + item.channel;
-  for (int64_t step = segment.starts() ? -around : 0; step < item.steps; ++step) {
-    const int64_t t = segment.begin + step;
-    // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
-    const int64_t in_state = t - (segment.sequence_end - around);
-    item.load_state(in_state >= 0 ? p.dfinal_state : nullptr, item.state_offset(in_state), dx);
-    const int64_t width = Width > 0 ? Width : p.width;
-    for (int64_t c = 0; c < item.channels; c += item.lanes) {
-      V sum = load_vector<V>(dx + c);
-      for (int64_t tap = 0; tap < width; ++tap) {
-        sum += load_vector<V>(item.weight + tap * stride + c) *
-               load_vector<V>(dpre + (step + 2 * around - tap) * stride + c);
-      }
-      store_vector(dx + c, sum);
-    }
-    if (step >= 0) {
-      store_row(target + t * p.dx.time, item.channels, dx, item.lanes);
-    } else if (p.dinitial_state != nullptr) {
-      item.store_state(p.dinitial_state, around + step, dx);
-    }
+  constexpr int rows_at_once = kRowsAtOnce<Width>;
+  int64_t step = segment.starts() ? -around : 0;
+  for (; step < 0; ++step) input_gradient<Width, 1>(item, dpre, dx, step);
+  for (; step + rows_at_once <= item.steps; step += rows_at_once) {
+    input_gradient<Width, rows_at_once>(item, dpre, dx, step);
   }
+  for (; step < item.steps; ++step) input_gradient<Width, 1>(item, dpre, dx, step);
+}
+
+template <int Width, class T>
+void backward_item(Item<T> item, Scratch<Accumulator<T>>& scratch) {
+  using A = Accumulator<T>;
+  const CausalConv1dParams& p = item.p;
+  const int64_t tile = (kTimeTile + 2 * (p.width - 1)) * item.stride;
+  A *x = scratch.take(tile), *dpre = scratch.take(tile);
+  A* dx = scratch.take(kRowsAtOnce<Width> * item.stride);
+  A* sums = scratch.take((p.width + 1) * item.stride);
+  for (int64_t i = 0; i < (p.width + 1) * item.stride; ++i) sums[i] = 0;
+  for (int64_t i = 0; item.next_segment(i); ++i) backward_segment<Width>(item, x, dpre, dx, sums);
+  for (int64_t tap = 0; tap < p.width; ++tap) {
+    store_row(static_cast<A*>(p.dweight_partial) + (item.chunk * p.width + tap) * p.channels +
+                  item.channel,
+              item.channels, sums + tap * item.stride, item.lanes);
+  }
+  store_row(static_cast<A*>(p.dbias_partial) + item.chunk * p.channels + item.channel,
+            item.channels, sums + p.width * item.stride, item.lanes);
 }
 
 }  // namespace
@@ -231,7 +304,7 @@ void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t e
 void causal_conv1d_backward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    Scratch<Accumulator<T>> scratch(Item<T>::scratch_size(p, 2) + p.width * Item<T>::stride);
+    Scratch<Accumulator<T>> scratch(Item<T>::scratch_size(p, 2));
     for (int64_t index = begin; index < end; ++index) {
       const Item<T> item(p, index, scratch);
       p.width == 4 ? backward_item<4>(item, scratch) : backward_item<0>(item, scratch);

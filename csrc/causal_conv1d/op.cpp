@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   const Tensor dinitial_state =
       initial_state ? call.new_accumulators(x, {call.states, p.width - 1, p.channels})
                     : call.new_accumulators(x, {0});
-  const int64_t partials = p.batch * p.segment_count;
+  const int64_t partials = p.batch * causal_conv1d_chunks(p);
   const Tensor dweight_partial = call.new_accumulators(x, {partials, p.width, p.channels});
   const Tensor dbias_partial = call.new_accumulators(x, {partials, p.channels});
   p.dy = strided_input(dy, reverse);

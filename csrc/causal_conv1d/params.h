@@ -35,20 +35,24 @@ struct CausalConv1dParams {
   const void* dfinal_state;
   Strided3Out dx;
   void* dinitial_state;
-  // One partial sum per segment, added up by the op in a fixed order.
-  void* dweight_partial;  // (B * segments, W, D)
-  void* dbias_partial;    // (B * segments, D)
+  // One partial sum per chunk of segments, added up by the op in a fixed order.
+  void* dweight_partial;  // (B * chunks, W, D)
+  void* dbias_partial;    // (B * chunks, D)
 };
 
-// Channels are worked on in blocks of this many.
-inline constexpr int64_t kConvChannelBlock = 256;
+// A work item is this many channels of this many consecutive segments.
+inline constexpr int64_t kConvChannelBlock = 256, kConvSegmentChunk = 2;
 
 inline int64_t causal_conv1d_blocks(const CausalConv1dParams& p) {
   return (p.channels + kConvChannelBlock - 1) / kConvChannelBlock;
 }
 
+inline int64_t causal_conv1d_chunks(const CausalConv1dParams& p) {
+  return (p.segment_count + kConvSegmentChunk - 1) / kConvSegmentChunk;
+}
+
 inline int64_t causal_conv1d_work_items(const CausalConv1dParams& p) {
-  return p.batch * p.segment_count * causal_conv1d_blocks(p);
+  return p.batch * causal_conv1d_chunks(p) * causal_conv1d_blocks(p);
 }
 
 // Both run the work items [begin, end), in any order and on any thread.
