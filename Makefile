@@ -5,11 +5,12 @@ VENV ?= .venv
 bin := $(VENV)/bin
 sources := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help test demo bench lint sanitize wheel clean
+.PHONY: help test demo demo-hf bench lint sanitize wheel clean
 
 help:
 	@echo 'make test      run the tests; ARGS="-k scan" goes to pytest'
 	@echo 'make demo      train a language model on text; DATA=file or folder, ARGS="--resume"'
+	@echo 'make demo-hf   generate with a transformers model, unpatched and patched; ARGS=...'
 	@echo 'make bench     measure speed and memory; ARGS=...'
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
@@ -24,6 +25,9 @@ test: $(VENV)/installed-test
 
 demo: $(VENV)/installed-demo
 	$(bin)/python examples/train_language_model.py $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+demo-hf: $(VENV)/installed-demo-hf
+	$(bin)/python examples/hugging_face.py $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(bin)/python -m benchmarks $(ARGS)

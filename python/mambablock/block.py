@@ -7,9 +7,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._layers import in_scan_dtype, project_delta, recomputed_but_scan
+from ._library import accumulator_dtype
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
 from .selective_scan import selective_scan
@@ -50,6 +51,8 @@ class MambaBlock(nn.Module):
         dt_init_floor: least starting value of softplus(dt_proj.bias).
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have one.
+        recompute: for training, keep neither the convolution's output nor delta for the backward,
+            which computes them anew from in_proj's output; the scan itself is not run again.
         layer_idx: the block's place in a model, for the caller's own use.
         device, dtype: of the parameters; A_log and D are float32 (float64 for float64) whatever
             dtype is.
@@ -77,6 +80,7 @@ class MambaBlock(nn.Module):
         dt_init_floor: float = 1e-4,
         conv_bias: bool = True,
         bias: bool = False,
+        recompute: bool = False,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -108,12 +112,13 @@ class MambaBlock(nn.Module):
         self.dt_init = dt_init
         self.dt_scale = dt_scale
         self.dt_init_floor = dt_init_floor
+        self.recompute = recompute
         self.layer_idx = layer_idx
         self.name = "mamba_block"
 
         dtype = dtype or torch.get_default_dtype()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        scan_options: dict[str, Any] = {"device": device, "dtype": _scan_dtype(dtype)}
+        scan_options: dict[str, Any] = {"device": device, "dtype": accumulator_dtype(dtype)}
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias, **options)
         # Only holds the parameters, under the names that checkpoints have: the op computes.
         self.conv1d = nn.Conv1d(
@@ -199,6 +204,29 @@ class MambaBlock(nn.Module):
             hidden_states = _take_steps(hidden_states, order).masked_fill(padding, 0)
 
         inputs, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        args = (inputs, z, conv_state, ssm_state, padding, cu_seqlens)
+        if self.recompute and torch.is_grad_enabled():
+            y, last_inputs, last_h = recomputed_but_scan(self._mix, *args)
+        else:
+            y, last_inputs, last_h = self._mix(*args)
+        y = self.out_proj(y)
+
+        if padding is not None:
+            y = _take_steps(y.masked_fill(padding, 0), order.argsort(dim=1))
+            if return_state:
+                last_inputs = self._last_real_inputs(conv_state, inputs, padding)
+        return (y, MambaState(last_inputs, last_h)) if return_state else y
+
+    def _mix(
+        self,
+        inputs: Tensor,
+        z: Tensor,
+        conv_state: Tensor | None,
+        ssm_state: Tensor | None,
+        padding: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All between in_proj and out_proj: y, the last inputs and h; padding is at the end."""
         x, last_inputs = causal_conv1d(
             inputs,
             self.conv1d.weight.squeeze(1),
@@ -218,7 +246,7 @@ class MambaBlock(nn.Module):
             self._A(),
             B,
             C,
-            D=_in_scan_dtype(self.D),
+            D=in_scan_dtype(self.D),
             z=z,
             delta_bias=delta_bias,
             delta_softplus=True,
@@ -226,13 +254,7 @@ class MambaBlock(nn.Module):
             cu_seqlens=cu_seqlens,
             return_final_state=True,
         )
-        y = self.out_proj(y)
-
-        if padding is not None:
-            y = _take_steps(y.masked_fill(padding, 0), order.argsort(dim=1))
-            if return_state:
-                last_inputs = self._last_real_inputs(conv_state, inputs, padding)
-        return (y, MambaState(last_inputs, last_h)) if return_state else y
+        return y, last_inputs, last_h
 
     @torch.no_grad()
     def step(self, hidden_states: Tensor, state: MambaState) -> Tensor:
@@ -267,7 +289,7 @@ class MambaBlock(nn.Module):
             self._A(),
             B,
             C,
-            D=_in_scan_dtype(self.D),
+            D=in_scan_dtype(self.D),
             z=z,
             delta_bias=delta_bias,
             delta_softplus=True,
@@ -290,7 +312,7 @@ class MambaBlock(nn.Module):
                 float64 for float64.
         """
         device = device or self.A_log.device
-        dtype = _scan_dtype(dtype or self.A_log.dtype)
+        dtype = accumulator_dtype(dtype or self.A_log.dtype)
         return MambaState(
             torch.zeros(batch, self.d_conv - 1, self.d_inner, device=device, dtype=dtype),
             torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=dtype),
@@ -327,16 +349,13 @@ class MambaBlock(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in self.attributes.items())
 
     def _A(self) -> Tensor:
-        return -torch.exp(_in_scan_dtype(self.A_log))
+        return -torch.exp(in_scan_dtype(self.A_log))
 
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The parameters that depend on the input (section 3.2): delta, its bias if it is still to
         be added, B and C."""
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        if not _is_plain_linear(self.dt_proj) or self.dt_proj.bias is None:
-            return self.dt_proj(dt), None, B, C
-        # The scan adds the bias in float32, where a bfloat16 sum would lose most of it.
-        return F.linear(dt, self.dt_proj.weight), _in_scan_dtype(self.dt_proj.bias), B, C
+        return *project_delta(self.dt_proj, dt), B, C
 
     def _last_real_inputs(
         self, conv_state: Tensor | None, inputs: Tensor, padding: Tensor
@@ -345,7 +364,7 @@ class MambaBlock(nn.Module):
         width = self.d_conv - 1
         if conv_state is None:
             conv_state = inputs.new_zeros(inputs.shape[0], width, self.d_inner)
-        conv_state = conv_state.to(_scan_dtype(inputs.dtype))
+        conv_state = conv_state.to(accumulator_dtype(inputs.dtype))
         real_steps = (~padding).sum(1)
         last = real_steps + torch.arange(width, device=inputs.device)
         return _take_steps(torch.cat([conv_state, inputs.to(conv_state.dtype)], dim=1), last)
@@ -394,27 +413,6 @@ def _require_positive(**arguments: float) -> None:
     for name, value in arguments.items():
         if not value > 0:
             raise ValueError(f"MambaBlock: {name} must be positive; got {value}")
-
-
-def _scan_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of states and of the scan's parameters: float32, and float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _in_scan_dtype(parameter: Tensor) -> Tensor:
-    return parameter.to(_scan_dtype(parameter.dtype))
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether calling the layer is only F.linear: no subclass, hook or replaced forward."""
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-    )
 
 
 def _take_steps(sequences: Tensor, steps: Tensor) -> Tensor:

@@ -350,7 +350,8 @@ def selective_scan(
     u, delta, B, C = (library.autocast(t) for t in (u, delta, B, C))
     z = None if z is None else library.autocast(z)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
-    train = library.needs_gradient(*tensors[:9])
+    # An exported program runs forward only, even where it was traced with gradients on.
+    train = library.needs_gradient(*tensors[:9]) and not torch.compiler.is_exporting()
     function = _Forward.apply if train else _ops.selective_scan
     y, final_state, _ = function(*tensors, delta_softplus, reverse, train)  # type: ignore[no-untyped-call]
     return (y, final_state) if return_final_state else y

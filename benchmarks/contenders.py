@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other implementations, called as mambablock is, on the same inputs and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambablock import MambaBlock, causal_conv1d, reference, selective_scan
+
+from .measure import Task
+from .settings import D_CONV, D_INNER, D_MODEL, D_STATE
+
+OURS, LOOP, TRANSFORMERS, MAMBAPY, LINEARS = (
+    "mambablock",
+    "PyTorch loop",
+    "transformers",
+    "mambapy",
+    "four F.linear",
+)
+HAS_TRANSFORMERS, HAS_MAMBAPY = (find_spec(name) is not None for name in (TRANSFORMERS, MAMBAPY))
+
+Mixer = Callable[[Tensor], Tensor]
+
+
+def missing_packages() -> list[str]:
+    packages = ((TRANSFORMERS, HAS_TRANSFORMERS), (MAMBAPY, HAS_MAMBAPY))
+    return [
+        f"{name} is not installed: its figures are left out (pip install {name})"
+        for name, present in packages
+        if not present
+    ]
+
+
+def tiled(length: int, width: int, dtype: torch.dtype) -> Tensor:
+    """(1, length, width) of normal numbers that repeat after 4096 steps: they take a while."""
+    block = torch.randn(min(length, 4096), width).to(dtype)
+    return block.repeat(math.ceil(length / 4096), 1)[None, :length]
+
+
+def scan_inputs(
+    length: int, *, d_inner: int = D_INNER, d_state: int = D_STATE, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """With A and delta_bias as a block's at the start of its training."""
+    dt = torch.exp(torch.empty(d_inner).uniform_(math.log(0.001), math.log(0.1)))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "u": tiled(length, d_inner, dtype),
+        "delta": tiled(length, d_inner, dtype),
+        "A": -torch.arange(1, d_state + 1, dtype=wide).repeat(d_inner, 1),
+        "B": tiled(length, d_state, dtype),
+        "C": tiled(length, d_state, dtype),
+        "D": torch.ones(d_inner, dtype=wide),
+        "z": tiled(length, d_inner, dtype),
+        "delta_bias": (dt + torch.log(-torch.expm1(-dt))).to(wide),
+    }
+
+
+def first_steps(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """Views of the first `length` steps."""
+    return {name: t[:, :length] if t.dim() == 3 else t for name, t in inputs.items()}
+
+
+def scan(inputs: dict[str, Tensor]) -> Task:
+    def function(*tensors: Tensor) -> Tensor:
+        return selective_scan(**dict(zip(inputs, tensors, strict=True)), delta_softplus=True)
+
+    return Task(function, *inputs.values())
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y: Tensor = causal_conv1d(x, weight, bias=bias, silu=True)
+    return y
+
+
+def loop_scan(inputs: dict[str, Tensor]) -> Task:
+    def function(*tensors: Tensor) -> Tensor:
+        named = dict(zip(inputs, tensors, strict=True))
+        y = reference.selective_scan(**named, delta_softplus=True)
+        assert isinstance(y, Tensor)
+        return y
+
+    return Task(function, *inputs.values())
+
+
+def transformers_scan(inputs: dict[str, Tensor]) -> Task:
+    import transformers
+    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+
+    transformers.logging.set_verbosity_error()  # that its kernels are absent is known
+
+    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
+        return mamba_selective_scan(
+            u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True
+        )
+
+    # Its own layout has time last.
+    return Task(
+        function,
+        *(t.transpose(1, 2).contiguous() if t.dim() == 3 else t for t in inputs.values()),
+    )
+
+
+def mambapy_scan(inputs: dict[str, Tensor]) -> Task:
+    from mambapy.mamba import MambaBlock as MambapyBlock
+
+    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
+        delta = F.softplus(delta + delta_bias)
+        return MambapyBlock.selective_scan(None, u, delta, A, B, C, D) * F.silu(z)
+
+    return Task(function, *inputs.values())
+
+
+def scans() -> dict[str, Callable[[dict[str, Tensor]], Task]]:
+    found = {OURS: scan, LOOP: loop_scan}
+    if HAS_TRANSFORMERS:
+        found[TRANSFORMERS] = transformers_scan
+    if HAS_MAMBAPY:
+        found[MAMBAPY] = mambapy_scan
+    return found
+
+
+def transformers_mixer(block: MambaBlock) -> nn.Module:
+    import transformers
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.MambaConfig(
+        hidden_size=D_MODEL, state_size=D_STATE, conv_kernel=D_CONV, num_hidden_layers=1
+    )
+    mixer = MambaMixer(config, layer_idx=0)
+    mixer.load_state_dict(block.state_dict())
+    return mixer
+
+
+def mambapy_mixer(block: MambaBlock) -> nn.Module:
+    from mambapy.mamba import MambaBlock as MambapyBlock
+    from mambapy.mamba import MambaConfig
+
+    mixer = MambapyBlock(MambaConfig(d_model=D_MODEL, n_layers=1))
+    mixer.load_state_dict(block.state_dict())
+    return mixer
+
+
+def loop_mixer(block: MambaBlock) -> Mixer:
+    """The block's own forward with the definition's operators."""
+
+    def forward(x: Tensor) -> Tensor:
+        with patch.multiple(
+            "mambablock.block",
+            causal_conv1d=reference.causal_conv1d,
+            selective_scan=reference.selective_scan,
+        ):
+            return block(x)
+
+    return forward
+
+
+def mixers(block: MambaBlock) -> dict[str, Mixer]:
+    """Of the block's weights."""
+    found: dict[str, Mixer] = {OURS: block, LOOP: loop_mixer(block)}
+    if HAS_TRANSFORMERS:
+        found[TRANSFORMERS] = transformers_mixer(block)
+    if HAS_MAMBAPY:
+        found[MAMBAPY] = mambapy_mixer(block)
+    return found
+
+
+def mixer_task(mixer: Mixer, block: MambaBlock, x: Tensor) -> Task:
+    parameters = mixer.parameters() if isinstance(mixer, nn.Module) else block.parameters()
+    return Task(lambda x, *_: mixer(x), x, *parameters)
+
+
+def linears_task(block: MambaBlock, length: int) -> Task:
+    """The block's four matrix products alone, each on an input of its own."""
+    layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
+    inputs = [torch.randn(1, length, layer.in_features) for layer in layers]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(map(F.linear, tensors[:4], tensors[4:]))
+
+    return Task(function, *inputs, *(layer.weight for layer in layers))
+
+
+def decoders(block: MambaBlock) -> dict[str, Mixer]:
+    """Functions of x (1, d_model) that move a state of their own on by one token."""
+    state, loop_state = block.allocate_state(1), block.allocate_state(1)
+
+    def loop_step(x: Tensor) -> Tensor:
+        with patch.multiple(
+            "mambablock.block",
+            causal_conv1d_update=reference.causal_conv1d_update,
+            selective_state_update=reference.selective_state_update,
+        ):
+            return block.step(x, loop_state)
+
+    found: dict[str, Mixer] = {OURS: lambda x: block.step(x, state), LOOP: loop_step}
+    if HAS_TRANSFORMERS:
+        found[TRANSFORMERS] = transformers_decoder(block)
+    if HAS_MAMBAPY:
+        found[MAMBAPY] = mambapy_decoder(block)
+    return found
+
+
+def transformers_decoder(block: MambaBlock) -> Mixer:
+    from transformers import DynamicCache
+
+    mixer = transformers_mixer(block).eval()
+    cache = DynamicCache(config=mixer.config)
+
+    def step(x: Tensor) -> Tensor:
+        return mixer(x[:, None], cache_params=cache)[:, 0]
+
+    return step
+
+
+def mambapy_decoder(block: MambaBlock) -> Mixer:
+    mixer = mambapy_mixer(block)
+    cache = (None, torch.zeros(1, D_INNER, D_CONV - 1))
+
+    def step(x: Tensor) -> Tensor:
+        nonlocal cache
+        y, cache = mixer.step(x, cache)
+        return y
+
+    return step

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How times are taken."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .settings import D_INNER, Settings
+
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+class Task:
+    """A function of tensors, and what is timed of it.
+
+    A tensor that is among the inputs of the backward is a leaf; every floating one is.
+    """
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors: Tensor):
+        self.function = function
+        self.leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+
+    def _outputs(self) -> tuple[Tensor, ...]:
+        outputs = self.function(*self.leaves)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @cached_property
+    def output_gradients(self) -> tuple[Tensor, ...]:
+        return tuple(torch.randn_like(output) for output in self.forward())
+
+    @cached_property
+    def _graph(self) -> tuple[Tensor, ...]:
+        return self._outputs()
+
+    @torch.no_grad()
+    def forward(self) -> tuple[Tensor, ...]:
+        return self._outputs()
+
+    def backward(self) -> tuple[Tensor, ...]:
+        """Of one forward, done before; all gradients."""
+        return torch.autograd.grad(
+            self._graph, self.leaves, self.output_gradients, retain_graph=True
+        )
+
+    def train(self) -> tuple[Tensor, ...]:
+        """Forward and backward; all gradients."""
+        return torch.autograd.grad(self._outputs(), self.leaves, self.output_gradients)
+
+
+class Timings(Generic[Key]):
+    """Seconds of each sample by name; sample i of all names was taken in the same round."""
+
+    def __init__(self, samples: Mapping[Key, list[float]]):
+        self.samples = samples
+
+    def seconds(self, name: Key) -> float:
+        return median(self.samples[name])
+
+    def ratio(self, name: Key, to: Key) -> float:
+        """The median over the rounds: what slows a whole round down cancels out."""
+        return median(a / b for a, b in zip(self.samples[name], self.samples[to], strict=True))
+
+
+def interleave(
+    functions: Mapping[Key, Callable[[], object]], settings: Settings, *, once: bool = False
+) -> Timings[Key]:
+    """Time the functions in turn, round after round.
+
+    A call before the first round warms caches up; with `once`, for what takes minutes, there is
+    neither that nor a second round.
+    """
+    repeats = dict.fromkeys(functions, 1)
+    if not once:
+        for name, function in functions.items():
+            function()
+            repeats[name] = max(1, round(settings.sample_seconds / _seconds(function, 1)))
+    samples: dict[Key, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + settings.comparison_seconds
+    for done in range(1 if once else settings.rounds):
+        if done >= 3 and time.perf_counter() > end:
+            break
+        for name, function in functions.items():
+            samples[name].append(_seconds(function, repeats[name]))
+    return Timings(samples)
+
+
+def _seconds(function: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_fresh_process(
+    function: Callable[..., Result], *args: object, environment: Mapping[str, str] | None = None
+) -> Result:
+    """function(*args) in a new process: with its own SIMD level, its own memory."""
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), _set_environment, (dict(environment or {}),)
+    ) as pool:
+        return pool.submit(function, *args).result()
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def keep_freed_memory() -> None:
+    """Make the C library keep freed memory for the next allocation, for this whole process.
+
+    By default it gives tensors over 32 MiB back to the system and gets zeroed pages for the next
+    one, which would cost every implementation here up to half of its time, and differently at
+    different lengths. PyTorch's tuning guide recommends allocators that do not.
+    """
+    _mallopt(_MMAP_MAX, 0)
+    _mallopt(_TRIM_THRESHOLD, -1)
+
+
+def return_freed_memory() -> None:
+    """Make it give every freed tensor back at once, so that resident memory is memory in use."""
+    _mallopt(_MMAP_THRESHOLD, 1 << 16)
+    _mallopt(_TRIM_THRESHOLD, 0)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(parameter, value)
+
+
+def fitting_lengths(settings: Settings, tensors: int, notes: list[str]) -> tuple[int, ...]:
+    """The lengths at which as many float32 tensors of (1, length, D_INNER) fit into memory."""
+    available = proc_bytes("meminfo", "MemAvailable")
+    most = 0.7 * available / (tensors * D_INNER * torch.float32.itemsize)
+    left_out = [length for length in settings.lengths if length > most]
+    note = f"too little free memory for lengths above {most:.0f}: they are left out"
+    if left_out and note not in notes:
+        notes.append(note)
+    return tuple(length for length in settings.lengths if length <= most)
+
+
+def proc_bytes(file: str, name: str) -> int:
+    """A figure in kB of a file in /proc."""
+    for line in Path("/proc", file).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{file}: expected a line {name}; got none")

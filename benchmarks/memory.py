@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of the scan, and of a training step next to mambapy's."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from mambablock import MambaBlock
+
+from .contenders import HAS_MAMBAPY, MAMBAPY, OURS, mambapy_mixer, mixer_task, scan, scan_inputs
+from .measure import Task, in_fresh_process, proc_bytes, return_freed_memory
+from .results import Bar, Results
+from .settings import D_MODEL, Settings
+
+
+def measure_memory(settings: Settings) -> Results:
+    """Every figure comes from a process of its own."""
+    results = Results()
+    length = settings.memory_length
+    for passes in ("forward", "backward"):
+        peak, needed = in_fresh_process(_scan_peak, length, passes)
+        _add(results, "selective_scan", passes, length, peak)
+        _add(results, "its tensors", passes, length, needed)
+        tensors = "inputs + outputs" + (" + gradients" if passes == "backward" else "")
+        what = f"peak of the scan's {passes}, L = {length}"
+        results.bars.append(Bar("memory", what, peak, "B", tensors, needed, peak / needed, 1.3))
+
+    length = settings.length
+    ours = in_fresh_process(_training_peak, OURS, length)
+    _add(results, OURS, "training step", length, ours)
+    if HAS_MAMBAPY:
+        theirs = in_fresh_process(_training_peak, MAMBAPY, length)
+        _add(results, MAMBAPY, "training step", length, theirs)
+        what = f"peak of the training step above the weights, L = {length}"
+        bar = Bar("memory", what, ours, "B", MAMBAPY, theirs, ours / theirs, round(1 / 3, 3))
+        results.bars.append(bar)
+    return results
+
+
+def _add(results: Results, name: str, passes: str, length: int, value: int) -> None:
+    results.add("memory", name, **{"pass": passes}, length=length, value=value, unit="B")
+
+
+def _peak(function: Callable[[], object]) -> int:
+    """Bytes by which the process's resident memory rises at most while the function runs.
+
+    The system keeps the highest value itself, so nothing is missed between samples.
+    """
+    gc.collect()
+    with suppress(OSError):  # without the reset, the imports' peak is still below the function's
+        Path("/proc/self/clear_refs").write_text("5")
+    before = proc_bytes("self/status", "VmRSS")
+    function()
+    return proc_bytes("self/status", "VmHWM") - before
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _scan_peak(length: int, passes: str) -> tuple[int, int]:
+    """Peak with the inputs, and the bytes of the tensors that go in and come out."""
+    return_freed_memory()
+    _warm_up(scan(scan_inputs(16, dtype=torch.float32)))
+    task = scan(scan_inputs(length, dtype=torch.float32))
+    inputs = _bytes(*task.leaves)
+    if passes == "forward":
+        # With what is kept for the backward.
+        return inputs + _peak(lambda: task.function(*task.leaves)), inputs + _bytes(*task.forward())
+    output_gradients = _bytes(*task.output_gradients)
+    needed = inputs + output_gradients + output_gradients + inputs
+    return inputs + output_gradients + _peak(task.train), needed
+
+
+def _training_peak(name: str, length: int) -> int:
+    return_freed_memory()
+    block = MambaBlock(D_MODEL)
+    mixer = mambapy_mixer(block) if name == MAMBAPY else block
+    _warm_up(mixer_task(mixer, block, torch.randn(1, 16, D_MODEL)))
+    task = mixer_task(mixer, block, torch.randn(1, length, D_MODEL))
+    shape = task.leaves[0].shape
+    task.output_gradients = (torch.randn(shape),)
+    return _peak(task.train)
+
+
+def _warm_up(task: Task) -> None:
+    """Libraries loaded and threads started on the first call are nobody's tensors."""
+    task.train()

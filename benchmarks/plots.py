@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures as PNG files of fixed names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
+
+from .contenders import LINEARS, OURS
+from .results import Results
+from .settings import D_INNER, D_STATE, Settings
+
+Series = dict[str, list[tuple[Any, float]]]
+
+
+def save_plots(results: Results, folder: Path, settings: Settings) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (draw, panels) in _plots.items():
+        if results.select(name.split("_")[0]):
+            figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
+            draw(figure.subplots(1, panels, squeeze=False)[0], results, settings)
+            figure.savefig(folder / f"{name}.png", dpi=120)
+
+
+def _lines(axes: Axes, series: Series, title: str, x: str, y: str) -> None:
+    for label, points in sorted(series.items()):
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    ticks = sorted({point[0] for points in series.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
+    engineering = EngFormatter(unit, places=2)
+    bars = axes.barh(list(values), list(values.values()), log=True)
+    axes.bar_label(bars, [engineering(value) for value in values.values()], padding=3)
+    axes.set(title=title, xlim=(min(values.values()) / 3, max(values.values()) * 5))
+    axes.invert_yaxis()
+
+
+def _rate(panels: list[Axes], results: Results, settings: Settings) -> None:
+    values = {f"{f['implementation']}, {f['simd']}": f["value"] for f in results.select("rate")}
+    _bars(panels[0], values, f"one core, L = {settings.length}, float32", "/s")
+    panels[0].set_xlabel("state-steps, or exps, per second")
+
+
+def _by_length(section: str, axes: Axes, results: Results) -> None:
+    """Nanoseconds per channel and time step, so that a flat line is linear time."""
+    for panel, passes in zip(axes, _passes[section], strict=True):
+        series: Series = {}
+        for figure in results.select(section, dtype="float32", **{"pass": passes}):
+            if figure.get("d_state", D_STATE) == D_STATE:
+                threads = f"{figure['threads']} thread" + "s" * (figure["threads"] > 1)
+                label = f"{figure['implementation']}, {threads}"
+                per_step = figure["seconds"] / figure["length"] / D_INNER * 1e9
+                series.setdefault(label, []).append((figure["length"], per_step))
+        _lines(panel, series, f"{section} {passes}", "length", "ns per channel and time step")
+
+
+def _scan_sizes(panels: list[Axes], results: Results, settings: Settings) -> None:
+    at_length = results.select("scan", implementation=OURS, length=settings.length)
+    states: Series = {}
+    types: dict[str, float] = {}
+    threads = settings.threads[-1]
+    for figure in at_length:
+        if figure["dtype"] == "float32":
+            label = f"{figure['pass']}, {figure['threads']} threads"
+            rate = settings.length * D_INNER * figure["d_state"] / figure["seconds"]
+            states.setdefault(label, []).append((figure["d_state"], rate))
+        if figure["d_state"] == D_STATE and figure["threads"] == threads:
+            types[f"{figure['dtype']}, {figure['pass']}"] = figure["seconds"]
+    title = f"scan, L = {settings.length}"
+    _lines(panels[0], states, f"{title}, float32", "d_state", "state-steps per second")
+    _bars(panels[1], dict(sorted(types.items())), f"{title}, {threads} threads", "s")
+
+
+def _block(panels: list[Axes], results: Results, settings: Settings) -> None:
+    threads, length = settings.threads[-1], settings.length
+    for panel, passes in zip(panels, ("forward", "training step"), strict=False):
+        figures = results.select("block", length=length, threads=threads, **{"pass": passes})
+        values = {figure["implementation"]: figure["seconds"] for figure in figures}
+        _bars(panel, values, f"block {passes}, L = {length}", "s")
+
+
+def _decode(panels: list[Axes], results: Results, settings: Settings) -> None:
+    figures = results.select("decode", threads=settings.threads[-1])
+    values = {f["implementation"]: f["value"] for f in figures if f["implementation"] != LINEARS}
+    _bars(panels[0], values, "one block, one sequence: tokens per second", "")
+
+
+def _memory(panels: list[Axes], results: Results, settings: Settings) -> None:
+    figures = results.select("memory", **{"pass": "training step"})
+    values = {figure["implementation"]: figure["value"] for figure in figures}
+    title = f"peak memory of a training step, L = {settings.length}"
+    _bars(panels[0], values, title, "B")
+
+
+_passes = {"scan": ("forward", "forward + backward"), "conv": ("forward", "backward")}
+_plots = {
+    "rate": (_rate, 1),
+    "scan_length": (lambda axes, results, _: _by_length("scan", axes, results), 2),
+    "scan_sizes": (_scan_sizes, 2),
+    "conv_length": (lambda axes, results, _: _by_length("conv", axes, results), 2),
+    "block": (_block, 2),
+    "decode": (_decode, 1),
+    "memory": (_memory, 1),
+}

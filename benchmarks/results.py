@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures, bars, and the tables and JSON made of them."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.ticker import EngFormatter
+from rich.table import Table
+
+from mambablock import _C
+
+from .measure import Key, Timings
+from .settings import D_INNER, D_MODEL, D_STATE, Settings
+
+_columns = ("pass", "length", "d_state", "dtype", "threads", "simd")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure must be, relative to another one taken in the same run."""
+
+    section: str
+    what: str
+    figure: float
+    unit: str
+    against: str
+    against_figure: float
+    ratio: float
+    bound: float
+    at_least: bool = False
+    """Whether the ratio must be at least the bound, and not at most."""
+
+    @property
+    def met(self) -> bool:
+        return self.ratio >= self.bound if self.at_least else self.ratio <= self.bound
+
+
+@dataclass
+class Results:
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    """One measurement each: section, implementation, seconds (or another unit), and its sizes."""
+    bars: list[Bar] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, section: str, implementation: str, **values: Any) -> None:
+        self.figures.append({"section": section, "implementation": implementation, **values})
+
+    def at_most(
+        self,
+        section: str,
+        what: str,
+        timings: Timings[Key],
+        names: tuple[Key, Key],
+        against: str,
+        bound: float,
+    ) -> None:
+        """The bar that the first named takes at most `bound` times as long as the second."""
+        first, second = map(timings.seconds, names)
+        ratio = timings.ratio(*names)
+        self.bars.append(Bar(section, what, first, "s", against, second, ratio, bound))
+
+    def times_faster(
+        self, section: str, what: str, timings: Timings[str], names: tuple[str, str], bound: float
+    ) -> None:
+        """The bar that the first named is at least `bound` times faster than the second."""
+        first, second = map(timings.seconds, names)
+        ratio = timings.ratio(names[1], names[0])
+        self.bars.append(Bar(section, what, first, "s", names[1], second, ratio, bound, True))
+
+    def extend(self, other: Results) -> None:
+        self.figures += other.figures
+        self.bars += other.bars
+        self.notes += [note for note in other.notes if note not in self.notes]
+
+    def select(self, section: str, **values: Any) -> list[dict[str, Any]]:
+        return [
+            figure
+            for figure in self.figures
+            if figure["section"] == section
+            and all(figure.get(name) == value for name, value in values.items())
+        ]
+
+    def save(self, folder: Path, settings: Settings) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "machine": machine(),
+            "sizes": {"batch": 1, "d_model": D_MODEL, "d_inner": D_INNER, "d_state": D_STATE},
+            "settings": asdict(settings),
+            "notes": self.notes,
+            "bars": [asdict(bar) | {"met": bar.met} for bar in self.bars],
+            "figures": self.figures,
+        }
+        (folder / "cpu.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    info = _C.build_info()
+    return {
+        "processor": _processor(),
+        "cores": torch.get_num_threads(),
+        "simd_level": info["simd_level"],
+        "compiler": info["compiler"],
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("torch", "transformers", "mambapy")},
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def quantity(value: float, unit: str) -> str:
+    return EngFormatter(unit, places=2)(value)
+
+
+def bars_table(bars: list[Bar], caption: str) -> Table:
+    table = Table(title="Bars", caption=caption)
+    for heading in ("what", "figure", "against", "", "ratio", "bar", "result"):
+        table.add_column(heading, justify="right" if heading in ("figure", "", "ratio") else "left")
+    for bar in bars:
+        table.add_row(
+            f"{bar.section}: {bar.what}",
+            quantity(bar.figure, bar.unit),
+            bar.against,
+            quantity(bar.against_figure, bar.unit),
+            f"{bar.ratio:.2f}",
+            f"{'≥' if bar.at_least else '≤'} {bar.bound:g}",
+            "[green]pass" if bar.met else "[red]fail",
+        )
+    return table
+
+
+def figures_table(results: Results, section: str) -> Table:
+    """One row for each size, one column for each implementation."""
+    figures = results.select(section)
+    columns = [c for c in _columns if any(c in figure for figure in figures)]
+    implementations = list(dict.fromkeys(figure["implementation"] for figure in figures))
+    rows: dict[tuple[Any, ...], dict[str, str]] = {}
+    for figure in figures:
+        unit, value = figure.get("unit", "s"), figure.get("value", figure.get("seconds"))
+        cells = rows.setdefault(tuple(figure.get(c, "") for c in columns), {})
+        cells[figure["implementation"]] = quantity(value, unit)
+    table = Table(*columns, title=section)
+    for implementation in implementations:
+        table.add_column(implementation, justify="right")
+    for sizes, cells in rows.items():
+        table.add_row(*map(str, sizes), *(cells.get(name, "") for name in implementations))
+    return table

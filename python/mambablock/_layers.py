@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the block and others' mixers, put on the operators, share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeGuard, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ._library import accumulator_dtype
+
+Result = TypeVar("Result")
+
+
+def in_scan_dtype(parameter: Tensor) -> Tensor:
+    """float32, or float64 if the parameter is that."""
+    return parameter.to(accumulator_dtype(parameter.dtype))
+
+
+def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    """delta, and dt_proj's bias if the scan is still to add it."""
+    if _is_plain_linear(dt_proj) and dt_proj.bias is not None:
+        # The scan adds the bias in float32, where a bfloat16 sum would lose most of it.
+        return F.linear(dt, dt_proj.weight), in_scan_dtype(dt_proj.bias)
+    return dt_proj(dt), None
+
+
+def recomputed_but_scan(function: Callable[..., Result], *args: Tensor | None) -> Result:
+    """function(*args), of which the backward computes anew all but the scan, keeping only args."""
+    kept = [torch.ops.mambablock.selective_scan.default]
+    result: Result = checkpoint(
+        function,
+        *args,
+        use_reentrant=False,
+        context_fn=partial(create_selective_checkpoint_contexts, kept),
+    )
+    return result
+
+
+def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is only F.linear: no subclass, hook or replaced forward."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+    )

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mamba-ssm's Mamba-1 functions and module (version 2.3) on mambablock's operators.
+
+Sequences are (batch, dim, seqlen), in any memory layout.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._layers import in_scan_dtype, recomputed_but_scan
+from ..block import MambaBlock
+from ..causal_conv1d import causal_conv1d
+from ..selective_scan import selective_scan
+from ..selective_state_update import selective_state_update as _update
+from .causal_conv1d import causal_conv1d_update
+
+__all__ = ["Mamba", "mamba_inner_fn", "selective_scan_fn", "selective_state_update"]
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The selective scan (Gu & Dao 2023, arXiv:2312.00752, algorithm 2).
+
+    Args:
+        u, delta: (batch, dim, seqlen).
+        A: (dim, dstate), real.
+        B, C: (batch, dstate, seqlen), (batch, groups, dstate, seqlen), or constant in time:
+            (dim, dstate), whose gradient takes memory for every step.
+        D: (dim).
+        z: (batch, dim, seqlen): the gate.
+        delta_bias: (dim).
+        delta_softplus: apply softplus to delta + delta_bias.
+        return_last_state: also return the state after the last step.
+
+    Returns:
+        The output, of u's shape and type, or (output, last state (batch, dim, dstate) in float32).
+        Both are differentiable, the state too.
+
+    Raises:
+        NotImplementedError: A is complex.
+        RuntimeError: as from :func:`mambablock.selective_scan`.
+    """
+    _forbid_complex("selective_scan_fn", A)
+    y, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (y, last_state) if return_last_state else y
+
+
+def mamba_inner_fn(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    B_proj_bias: Tensor | None = None,
+    C_proj_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    checkpoint_lvl: int = 1,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
+    b_c_dt_rms_eps: float = 1e-6,
+) -> Tensor:
+    """A whole Mamba block behind its input projection.
+
+    Args:
+        xz: (batch, 2 * dim, seqlen), x first.
+        conv1d_weight: (dim, 1, width).
+        conv1d_bias: (dim).
+        x_proj_weight: (dt_rank + 2 * dstate, dim), in the order delta, B, C.
+        delta_proj_weight: (dim, dt_rank).
+        out_proj_weight: (d_model, dim).
+        out_proj_bias: (d_model).
+        A, B, C, D, delta_bias, delta_softplus: as in selective_scan_fn; B or C absent comes from
+            x_proj.
+        B_proj_bias, C_proj_bias: (dstate), added to a B or C from x_proj.
+        checkpoint_lvl: 1 computes the convolution and delta anew in the backward, 0 keeps them.
+        b_rms_weight, c_rms_weight: (dstate), of an RMS norm of B and C.
+        dt_rms_weight: (dim), of an RMS norm of delta, before its bias.
+        b_c_dt_rms_eps: these norms' epsilon.
+
+    Returns:
+        (batch, seqlen, d_model).
+
+    Raises:
+        NotImplementedError: A is complex.
+        ValueError: another checkpoint_lvl.
+        RuntimeError: as from :func:`mambablock.selective_scan`.
+    """
+    _forbid_complex("mamba_inner_fn", A)
+    if checkpoint_lvl not in (0, 1):
+        raise ValueError(f"mamba_inner_fn: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl}")
+    rank, state_size, eps = delta_proj_weight.shape[1], A.shape[1], b_c_dt_rms_eps
+
+    def inner(x: Tensor, z: Tensor) -> Tensor:
+        x = causal_conv1d(x, conv1d_weight.squeeze(1), bias=conv1d_bias, silu=True)
+        projected = F.linear(x, x_proj_weight)
+        delta = F.linear(projected[..., :rank], delta_proj_weight)
+        own_B, own_C = projected[..., rank : rank + state_size], projected[..., -state_size:]
+        if dt_rms_weight is not None:
+            delta = _rms_norm(delta, dt_rms_weight, eps)
+        y, _ = _scan(
+            x.transpose(1, 2),
+            delta.transpose(1, 2),
+            A,
+            _given_or_own(B, own_B, B_proj_bias, b_rms_weight, eps),
+            _given_or_own(C, own_C, C_proj_bias, c_rms_weight, eps),
+            D,
+            z.transpose(1, 2),
+            delta_bias,
+            delta_softplus,
+        )
+        return y.transpose(1, 2)
+
+    x, z = xz.transpose(1, 2).chunk(2, dim=-1)
+    recompute = checkpoint_lvl == 1 and torch.is_grad_enabled()
+    y = recomputed_but_scan(inner, x, z) if recompute else inner(x, z)
+    bias = None if out_proj_bias is None else out_proj_bias.to(y.dtype)
+    return F.linear(y, out_proj_weight, bias)
+
+
+@torch.no_grad()
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """The scan's next step, moving the state on in place; not differentiable.
+
+    Args:
+        state: (batch, dim, dstate), or (batch, heads, dim, dstate) where the other arguments' dim
+            is (heads, dim) too; any floating type. Changed in place.
+        x, dt, z: (batch, dim).
+        A: (dim, dstate), real.
+        B, C: (batch, dstate) or (batch, groups, dstate).
+        D, dt_bias: (dim).
+        dt_softplus: apply softplus to dt + dt_bias.
+        state_batch_indices: (batch), int32 or int64: each row's row of state, which may have more.
+            A negative one is padding: its output is 0, no state changes.
+
+    Returns:
+        The output, of x's shape and type.
+
+    Raises:
+        NotImplementedError: A is complex.
+        RuntimeError: as from :func:`mambablock.selective_state_update`.
+    """
+    _forbid_complex("selective_state_update", A)
+    shape, out_dtype = x.shape, x.dtype
+    gate = [] if z is None else [z]
+    if state.dim() == 4:
+        rows, heads, dim, state_size = state.shape
+        state = state.view(rows, heads * dim, state_size)
+        x, dt, *gate = (t.flatten(1) for t in (x, dt, *gate))
+        A = A.flatten(0, 1)
+        D = None if D is None else D.flatten()
+        dt_bias = None if dt_bias is None else dt_bias.flatten()
+    dtype = _common_dtype(x, dt, B, C, *gate)
+    x, dt, B, C, *gate = (t.to(dtype) for t in (x, dt, B, C, *gate))
+    y = _update(
+        state,
+        x,
+        dt,
+        in_scan_dtype(A),
+        B,
+        C,
+        D=_widened(D),
+        z=gate[0] if gate else None,
+        delta_bias=_widened(dt_bias),
+        delta_softplus=dt_softplus,
+        state_indices=state_batch_indices,
+    )
+    return y.view(shape).to(out_dtype)
+
+
+class Mamba(MambaBlock):
+    """mamba-ssm's Mamba module: MambaBlock with its constructor and its way of inference.
+
+    Arguments are MambaBlock's, in mamba-ssm's order; use_fast_path changes nothing.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            d_model,
+            d_state,
+            d_conv,
+            expand,
+            dt_rank,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init=dt_init,
+            dt_scale=dt_scale,
+            dt_init_floor=dt_init_floor,
+            conv_bias=conv_bias,
+            bias=bias,
+            layer_idx=layer_idx,
+            device=device,
+            dtype=dtype,
+        )
+        self.expand = expand
+        self.use_fast_path = use_fast_path
+
+    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # type: ignore[override]
+        """(batch, seqlen, d_model) to the same.
+
+        inference_params, with seqlen_offset and the dict key_value_memory_dict, keeps the states
+        under layer_idx: at offset 0 they are set, and after it hidden_states is one step.
+        """
+        if inference_params is None:
+            y = super().forward(hidden_states)
+            assert isinstance(y, Tensor)
+            return y
+        states = self._states(inference_params, hidden_states.shape[0])
+        if inference_params.seqlen_offset > 0:
+            return self.step(hidden_states, *states)[0]
+        y, last = super().forward(hidden_states, return_state=True)
+        conv_state, ssm_state = states
+        # The state has room for one input more than the convolution looks back to.
+        conv_state.copy_(F.pad(last.conv.transpose(1, 2), (1, 0)))
+        ssm_state.copy_(last.ssm)
+        return y
+
+    def step(  # type: ignore[override]
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of (batch, 1, d_model); returns (y, conv_state, ssm_state), both updated.
+
+        Raises:
+            ValueError: hidden_states has another number of steps than one.
+        """
+        if hidden_states.shape[1] != 1:
+            raise ValueError(
+                "Mamba: step's hidden_states must be (batch, 1, d_model); "
+                f"got {tuple(hidden_states.shape)}"
+            )
+        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
+        x = causal_conv1d_update(
+            x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
+        )
+        dt, dt_bias, B, C = self._selection(x)
+        y = selective_state_update(
+            ssm_state, x, dt, self._A(), B, C, self.D, z=z, dt_bias=dt_bias, dt_softplus=True
+        )
+        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        """States of zeros for sequences that start.
+
+        Returns:
+            conv_state (batch_size, d_inner, d_conv) and ssm_state (batch_size, d_inner, d_state),
+            of dtype or else of conv1d.weight's and dt_proj.weight's.
+        """
+        weight = self.conv1d.weight
+        shape = (batch_size, self.d_inner)
+        return (
+            weight.new_zeros(*shape, self.d_conv, dtype=dtype),
+            weight.new_zeros(*shape, self.d_state, dtype=dtype or self.dt_proj.weight.dtype),
+        )
+
+    def _states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
+        if self.layer_idx is None:
+            raise ValueError("Mamba: layer_idx must be given for inference_params; got None")
+        cache: dict[int, tuple[Tensor, Tensor]] = inference_params.key_value_memory_dict
+        if self.layer_idx not in cache:
+            cache[self.layer_idx] = self.allocate_inference_cache(batch, 0)
+        return cache[self.layer_idx]
+
+
+def _forbid_complex(function: str, A: Tensor) -> None:
+    if A.is_complex():
+        raise NotImplementedError(f"{function}: A must be real; got {A.dtype}")
+
+
+def _common_dtype(*tensors: Tensor) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+
+
+def _widened(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else in_scan_dtype(parameter)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last dimension, in float32."""
+    wide = in_scan_dtype(x)
+    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
+
+
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    gate = [] if z is None else [z]
+    dtype = _common_dtype(u, delta, B, C, *gate)
+    inputs, dt, *gate = (t.transpose(1, 2).to(dtype) for t in (u, delta, *gate))
+    batch, length, _ = inputs.shape
+    per_time = (_channels_last(t.to(dtype), batch, length) for t in (B, C))
+    y, last_state = selective_scan(
+        inputs,
+        dt,
+        in_scan_dtype(A),
+        *(_in_groups(t, u.shape[1]) if B.dim() != C.dim() else t for t in per_time),
+        D=_widened(D),
+        z=gate[0] if gate else None,
+        delta_bias=_widened(delta_bias),
+        delta_softplus=delta_softplus,
+        return_final_state=True,
+    )
+    return y.transpose(1, 2).to(u.dtype), last_state
+
+
+def _channels_last(tensor: Tensor, batch: int, length: int) -> Tensor:
+    """B or C as (batch, length, dstate) or (batch, length, groups, dstate)."""
+    if tensor.dim() == 2:
+        return tensor.expand(batch, length, -1, -1)
+    return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
+
+
+def _in_groups(tensor: Tensor, groups: int) -> Tensor:
+    """B or C, of fewer groups or none, as (batch, length, groups, dstate)."""
+    grouped = tensor.unsqueeze(2) if tensor.dim() == 3 else tensor
+    repeated = grouped.unsqueeze(3).expand(-1, -1, -1, groups // grouped.shape[2], -1)
+    return repeated.flatten(2, 3)
+
+
+def _given_or_own(
+    given: Tensor | None, own: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float
+) -> Tensor:
+    """B or C as selective_scan_fn takes it, from x_proj's (batch, length, dstate) if not given."""
+    if given is None:
+        given = (own if bias is None else own + bias.to(own.dtype)).transpose(1, 2)
+    if norm is None:
+        return given
+    states = -1 if given.dim() == 2 else -2
+    return _rms_norm(given.movedim(states, -1), norm, eps).movedim(-1, states)

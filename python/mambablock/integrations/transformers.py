@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face transformers' Mamba-1 models on mambablock's operators."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from .._layers import in_scan_dtype, project_delta
+from ..causal_conv1d import causal_conv1d
+from ..selective_scan import selective_scan
+from ..selective_state_update import selective_state_update
+
+__all__ = ["patch", "patched", "unpatch"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class _OperatorForward:
+    """The forward that transformers' three Mamba-1 mixers share, on mambablock's operators."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        width = self.conv_kernel_size
+        conv_state, ssm_state = _cached_states(cache_params, self.layer_idx)
+        silu = self.activation in ("silu", "swish")
+        # accelerate brings offloaded weights when a layer is called, and this one is not.
+        conv_hook = getattr(self.conv1d, "_hf_hook", None)
+        if conv_hook is not None:
+            conv_hook.pre_forward(self.conv1d)
+
+        inputs, z = self.in_proj(_masked(hidden_states, attention_mask)).chunk(2, dim=-1)
+        if conv_state is not None:
+            # The cache keeps one input more than the convolution looks back to.
+            conv_state = conv_state[..., conv_state.shape[-1] - (width - 1) :].transpose(1, 2)
+            # A copy, since the cache is overwritten below.
+            conv_state = conv_state.to(in_scan_dtype(inputs).dtype, copy=True)
+        x = causal_conv1d(
+            inputs,
+            self.conv1d.weight.squeeze(1),
+            bias=self.conv1d.bias,
+            silu=silu,
+            initial_state=conv_state,
+        )
+        if conv_hook is not None:
+            conv_hook.post_forward(self.conv1d, x)
+        x = _masked(x if silu else self.act(x), attention_mask)
+
+        if cache_params is not None:
+            new_inputs = inputs.transpose(1, 2)
+            if conv_state is None:
+                new_inputs = F.pad(new_inputs, (max(width - inputs.shape[1], 0), 0))[..., -width:]
+            cache_params.update_conv_state(new_inputs, self.layer_idx)
+
+        state_size = self.ssm_state_size
+        dt, B, C = self.x_proj(x).split([self.time_step_rank, state_size, state_size], dim=-1)
+        if hasattr(self, "dt_layernorm"):
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        delta, delta_bias = project_delta(self.dt_proj, dt)
+        A = -torch.exp(in_scan_dtype(self.A_log))
+        options: dict[str, Any] = {
+            "D": in_scan_dtype(self.D),
+            "delta_bias": delta_bias,
+            "delta_softplus": True,
+        }
+
+        if ssm_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            u, delta, B, C, z = (t[:, 0] for t in (x, delta, B, C, z))
+            y = selective_state_update(ssm_state, u, delta, A, B, C, z=z, **options)[:, None]
+        else:
+            if ssm_state is not None:
+                ssm_state = ssm_state.to(A.dtype, copy=True)
+            y, last_state = selective_scan(
+                x, delta, A, B, C, z=z, initial_state=ssm_state, return_final_state=True, **options
+            )
+            if cache_params is not None:
+                cache_params.update_recurrent_state(last_state, self.layer_idx)
+        projected: Tensor = self.out_proj(y)
+        return projected
+
+
+class PatchedMambaMixer(_OperatorForward, MambaMixer):
+    """A patched MambaMixer."""
+
+
+class PatchedFalconMambaMixer(_OperatorForward, FalconMambaMixer):
+    """A patched FalconMambaMixer."""
+
+
+class PatchedJambaMambaMixer(_OperatorForward, JambaMambaMixer):
+    """A patched JambaMambaMixer."""
+
+
+_patched_classes: dict[type[nn.Module], type[nn.Module]] = {
+    MambaMixer: PatchedMambaMixer,
+    FalconMambaMixer: PatchedFalconMambaMixer,
+    JambaMambaMixer: PatchedJambaMambaMixer,
+}
+_original_classes = {new: old for old, new in _patched_classes.items()}
+_forward_arguments = ["self", "hidden_states", "cache_params", "attention_mask"]
+
+
+def patch(model: Model) -> Model:
+    """Make every Mamba-1 mixer of a transformers model compute with mambablock's operators.
+
+    MambaMixer, FalconMambaMixer and JambaMambaMixer are known. Only the code changes, in place: the
+    weights, the cache and the state_dict stay what they were. A model that is already patched stays
+    as it is.
+
+    Differences from an unpatched model: the scan and its sums are float32 whatever the weights'
+    type; several tokens at once continue a cache's state, where transformers starts the scan anew;
+    an adapter on dt_proj is applied, where transformers uses only its weight.
+
+    Args:
+        model: a model, or any module that has mixers in it.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: there is no Mamba-1 mixer in it.
+        ImportError: transformers' mixers or caches are not as this version knows them.
+    """
+    _require_known_transformers()
+    mixers = _mixers(model, {*_patched_classes, *_original_classes})
+    if not mixers:
+        names = ", ".join(mixer.__name__ for mixer in _patched_classes)
+        raise ValueError(
+            f"patch: model must hold a Mamba-1 mixer ({names}); got {type(model).__name__}, which "
+            "has none"
+        )
+    _change_classes(mixers, _patched_classes)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo patch, in place; a model that is not patched stays as it is. Returns the model."""
+    _change_classes(_mixers(model, _original_classes), _original_classes)
+    return model
+
+
+@contextmanager
+def patched(model: Model) -> Iterator[Model]:
+    """The model, patched within the block; after it, as it was before.
+
+    Raises as :func:`patch` does.
+    """
+    before = _mixers(model, _patched_classes)
+    patch(model)
+    try:
+        yield model
+    finally:
+        _change_classes(before, _original_classes)
+
+
+def _mixers(model: nn.Module, classes: Any) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module) in classes]
+
+
+def _change_classes(
+    mixers: list[nn.Module], classes: dict[type[nn.Module], type[nn.Module]]
+) -> None:
+    for mixer in mixers:
+        mixer.__class__ = classes.get(type(mixer), type(mixer))
+        if "_old_forward" in mixer.__dict__:
+            # accelerate's hook keeps the forward that it wraps.
+            mixer._old_forward = type(mixer).forward.__get__(mixer)
+
+
+def _require_known_transformers() -> None:
+    # Before 5.16 the mixers had other forwards, and kept FalconMamba's norms elsewhere.
+    unknown = [
+        mixer.__name__
+        for mixer in _patched_classes
+        if not hasattr(sys.modules[mixer.__module__], "mamba_selective_scan")
+        or list(inspect.signature(mixer.forward).parameters)[:4] != _forward_arguments
+    ]
+    methods = ("has_previous_state", "update_conv_state", "update_recurrent_state")
+    unknown += [f"Cache.{name}" for name in methods if not hasattr(Cache, name)]
+    if unknown:
+        raise ImportError(
+            "patch: transformers must be 5.16 or newer, with mixers and caches as in 5.23; got "
+            f"{transformers.__version__}, whose {', '.join(unknown)} mambablock does not know"
+        )
+
+
+def _cached_states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
+    """The inputs (batch, d_inner, d_conv or more) and h (batch, d_inner, d_state) so far."""
+    if cache is None or not cache.has_previous_state(layer):
+        return None, None
+    return cache.layers[layer].conv_states[0], cache.layers[layer].recurrent_states[0]
+
+
+def _masked(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Zeros at padding; attention_mask is (batch, length)."""
+    if attention_mask is None:
+        return hidden_states
+    return hidden_states * attention_mask[:, :, None].to(hidden_states.dtype)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""That the benchmarks run and judge; what they measure here means nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+import typer
+from benchmarks import __main__ as command_line
+from benchmarks import contenders, settings
+from benchmarks.block import measure_decode
+from benchmarks.measure import Timings, interleave
+from benchmarks.memory import measure_memory
+from benchmarks.plots import save_plots
+from benchmarks.results import Bar, Results
+from benchmarks.scan import measure_scan
+from typer.testing import CliRunner
+
+import mambablock
+
+SMALLEST = replace(
+    settings.QUICK, length=8, lengths=(8, 16), contender_lengths=(8,), quadratic_length=8
+)
+
+app = typer.Typer()
+app.command()(command_line.main)
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No new process, no lasting change of this one's allocator, no optional packages."""
+    monkeypatch.setattr("benchmarks.scan.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("benchmarks.block.keep_freed_memory", lambda: None)
+    monkeypatch.setattr(command_line, "in_fresh_process", lambda measure, *args: measure(*args))
+    monkeypatch.setattr(contenders, "HAS_TRANSFORMERS", False)
+    monkeypatch.setattr(contenders, "HAS_MAMBAPY", False)
+    monkeypatch.setattr(command_line, "QUICK", SMALLEST)
+
+
+def test_table_json_and_plot(tmp_path: Path) -> None:
+    arguments = ["--quick", "--only", "decode", "--output", str(tmp_path)]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    assert "decode: step, one sequence" in outcome.output
+    saved = json.loads((tmp_path / "cpu.json").read_text())
+    assert [bar["section"] for bar in saved["bars"]] == ["decode"]
+    assert {figure["implementation"] for figure in saved["figures"]} == {
+        "mambablock",
+        "PyTorch loop",
+        "four F.linear",
+    }
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_printed_while_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slightly_wrong(*args: object, **kwargs: object) -> torch.Tensor:
+        return mambablock.selective_scan(*args, **kwargs) * 1.001
+
+    monkeypatch.setattr(contenders, "selective_scan", slightly_wrong)
+    outcome = CliRunner().invoke(app, ["--quick"])
+    assert outcome.exit_code == 1
+    assert outcome.stdout == ""
+    assert "selective_scan (torch.float32), forward is wrong" in outcome.stderr
+
+
+def test_unknown_section() -> None:
+    outcome = CliRunner().invoke(app, ["--only", "sca"])
+    assert outcome.exit_code == 2
+
+
+def test_scan_and_its_plots(tmp_path: Path) -> None:
+    results = measure_scan(SMALLEST)
+    for passes in ("forward", "forward + backward"):
+        lengths = {f["length"] for f in results.select("scan", **{"pass": passes})}
+        assert lengths == {8, 16}
+    save_plots(results, tmp_path, SMALLEST)
+    assert {path.name for path in tmp_path.iterdir()} == {"scan_length.png", "scan_sizes.png"}
+
+
+def test_peak_memory_counts_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.memory.HAS_MAMBAPY", False)
+    forward, backward = measure_memory(SMALLEST).bars
+    # The pages of inputs and outputs are touched, so no peak can be below them.
+    assert 1 <= forward.ratio < 1.5
+    assert 1 <= backward.ratio < 1.5
+
+
+def test_ratio_is_that_within_rounds() -> None:
+    timings = Timings({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 2.0]})
+    assert timings.seconds("a") == 3.0
+    assert timings.ratio("a", "b") == 0.5
+
+
+def test_interleave_takes_turns() -> None:
+    calls: list[str] = []
+    timings = interleave(
+        {name: (lambda name=name: calls.append(name)) for name in "ab"},
+        replace(SMALLEST, rounds=3, sample_seconds=0),
+    )
+    assert calls[-6:] == ["a", "b"] * 3
+    assert [len(samples) for samples in timings.samples.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(("ratio", "at_least", "met"), [(2, True, True), (2, False, False)])
+def test_bar(ratio: float, at_least: bool, met: bool) -> None:
+    bar = Bar("scan", "x", 2.0, "s", "y", 1.0, ratio, 1.5, at_least)
+    assert bar.met is met
+    results = Results(bars=[bar])
+    results.extend(Results(bars=[bar]))
+    assert results.bars == [bar, bar]
+
+
+def test_decode_compares_with_the_linear_layers() -> None:
+    (bar,) = measure_decode(SMALLEST).bars
+    assert bar.ratio > 0
+    assert not bar.at_least

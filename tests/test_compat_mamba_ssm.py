@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compat.mamba_ssm against the definitions of mamba-ssm's functions, written out."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conftest import assert_float64_equal, gradients
+from mambablock import MambaBlock
+from mambablock.compat.mamba_ssm import (
+    Mamba,
+    mamba_inner_fn,
+    selective_scan_fn,
+    selective_state_update,
+)
+
+# Sums of some dozen float64 terms in another order.
+assert_same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
+
+BATCH, DIM, LENGTH, STATES = 2, 4, 7, 3
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def scan_definition(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence, step by step, with B and C as (batch, dim, dstate, seqlen)."""
+    batch, dim, length = u.shape
+    B, C = (
+        t[None, ..., None].expand(batch, -1, -1, length)
+        if t.dim() == 2
+        else (t[:, None] if t.dim() == 3 else t).repeat_interleave(
+            dim // (t.shape[1] if t.dim() == 4 else 1), dim=1
+        )
+        for t in (B, C)
+    )
+    dt = delta if delta_bias is None else delta + delta_bias[:, None]
+    dt = F.softplus(dt) if delta_softplus else dt
+    h = u.new_zeros(batch, dim, A.shape[1])
+    outputs = []
+    for t in range(length):
+        step = dt[..., t, None]
+        h = (step * A).exp() * h + step * u[..., t, None] * B[..., t]
+        outputs.append((h * C[..., t]).sum(-1))
+    y = torch.stack(outputs, dim=-1)
+    y = y if D is None else y + D[:, None] * u
+    return (y if z is None else y * F.silu(z)), h
+
+
+SHAPES = {
+    "constant": (DIM, STATES),
+    "varying": (BATCH, STATES, LENGTH),
+    "one group": (BATCH, 1, STATES, LENGTH),
+    "groups": (BATCH, 2, STATES, LENGTH),
+}
+
+
+def scan_inputs(B: str = "varying", C: str = "varying") -> dict[str, Tensor]:
+    return {
+        "u": random(BATCH, DIM, LENGTH),
+        "delta": random(BATCH, DIM, LENGTH),
+        "A": -torch.rand(DIM, STATES, dtype=torch.float64) - 0.1,
+        "B": random(*SHAPES[B]),
+        "C": random(*SHAPES[C]),
+        "D": random(DIM),
+        "z": random(BATCH, DIM, LENGTH),
+        "delta_bias": random(DIM),
+    }
+
+
+SIGNATURES = {
+    selective_scan_fn: "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, "
+    "return_last_state=False",
+    mamba_inner_fn: "xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, "
+    "out_proj_weight, out_proj_bias, A, B=None, C=None, D=None, delta_bias=None, B_proj_bias=None, "
+    "C_proj_bias=None, delta_softplus=True, checkpoint_lvl=1, b_rms_weight=None, "
+    "c_rms_weight=None, dt_rms_weight=None, b_c_dt_rms_eps=1e-06",
+    selective_state_update: "state, x, dt, A, B, C, D=None, z=None, dt_bias=None, "
+    "dt_softplus=False, state_batch_indices=None",
+    Mamba: "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, dt_max=0.1, "
+    "dt_init='random', dt_scale=1.0, dt_init_floor=0.0001, conv_bias=True, bias=False, "
+    "use_fast_path=True, layer_idx=None, device=None, dtype=None",
+    Mamba.forward: "self, hidden_states, inference_params=None",
+    Mamba.step: "self, hidden_states, conv_state, ssm_state",
+}
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda f: f.__qualname__)
+def test_signatures(function: Any) -> None:
+    plain = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
+    assert str(inspect.Signature(plain)) == f"({SIGNATURES[function]})"
+
+
+# selective_scan_fn
+
+
+@pytest.mark.parametrize("B", SHAPES)
+@pytest.mark.parametrize("C", SHAPES)
+def test_scan_is_the_definition(B: str, C: str) -> None:
+    if {B, C} >= {"groups", "varying"} or {B, C} >= {"groups", "one group"}:
+        pytest.skip("B and C that vary in time have the same groups")
+    tensors = scan_inputs(B, C)
+    scan = partial(selective_scan_fn, delta_softplus=True, return_last_state=True)
+    definition = partial(scan_definition, delta_softplus=True)
+    assert_float64_equal(
+        gradients(lambda **t: scan(**t), tensors), gradients(lambda **t: definition(**t), tensors)
+    )
+
+
+@pytest.mark.parametrize("absent", ["D", "z", "delta_bias"])
+def test_scan_without(absent: str) -> None:
+    tensors = {k: t for k, t in scan_inputs().items() if k != absent}
+    y = selective_scan_fn(**tensors)
+    assert isinstance(y, Tensor)
+    assert_same(y, scan_definition(**tensors)[0])
+
+
+def test_scan_memory_layouts() -> None:
+    tensors = scan_inputs()
+    expected = selective_scan_fn(**tensors)
+    for name in ("u", "delta", "B", "C", "z"):
+        tensors[name] = tensors[name].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_same(selective_scan_fn(**tensors), expected)
+
+
+@pytest.mark.parametrize("B", ["varying", "constant"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scan_in_low_precision(B: str, dtype: torch.dtype) -> None:
+    """Constant B and C are parameters, in float32 whatever u is; so are A, D and delta_bias."""
+    tensors = {
+        k: t.to(dtype if t.dim() == 3 else torch.float32) for k, t in scan_inputs(B, B).items()
+    }
+    y, last_state = selective_scan_fn(**tensors, delta_softplus=True, return_last_state=True)
+    oracle, h = scan_definition(**{k: t.double() for k, t in tensors.items()}, delta_softplus=True)
+    assert y.dtype is dtype
+    assert last_state.dtype is torch.float32
+    # One rounding of y; float32 sums within.
+    torch.testing.assert_close(y.double(), oracle, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    torch.testing.assert_close(last_state.double(), h, rtol=1e-5, atol=1e-5)
+
+
+def test_complex_A() -> None:
+    tensors = scan_inputs() | {"A": torch.zeros(DIM, STATES, dtype=torch.complex64)}
+    with pytest.raises(NotImplementedError, match=r"^selective_scan_fn: A must be real; got torch"):
+        selective_scan_fn(**tensors)
+    block = Mamba(8, d_state=STATES)
+    with pytest.raises(NotImplementedError, match=r"^mamba_inner_fn: A must be real"):
+        mamba_inner_fn(**inner_arguments(block) | {"A": block.A_log.to(torch.complex64)})
+    with pytest.raises(NotImplementedError, match=r"^selective_state_update: A must be real"):
+        selective_state_update(
+            *[torch.zeros(1, 1)] * 3, block.A_log.to(torch.complex64), *[None] * 2
+        )
+
+
+# mamba_inner_fn
+
+
+def inner_arguments(block: MambaBlock) -> dict[str, Any]:
+    return {
+        "xz": random(BATCH, 2 * block.d_inner, LENGTH),
+        "conv1d_weight": block.conv1d.weight,
+        "conv1d_bias": block.conv1d.bias,
+        "x_proj_weight": block.x_proj.weight,
+        "delta_proj_weight": block.dt_proj.weight,
+        "out_proj_weight": block.out_proj.weight,
+        "out_proj_bias": block.out_proj.bias,
+        "A": -block.A_log.exp(),
+        "D": block.D,
+        "delta_bias": block.dt_proj.bias,
+    }
+
+
+def rms_norm(x: Tensor, weight: Tensor, dim: int) -> Tensor:
+    scaled = x * (x.square().mean(dim, keepdim=True) + 1e-6).rsqrt()
+    return scaled * weight.view(-1, *[1] * (x.dim() - 1 - dim))
+
+
+def inner_definition(
+    xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor, x_proj_weight: Tensor, **rest: Any
+) -> tuple[Tensor]:
+    x, z = xz.chunk(2, dim=1)
+    x = F.conv1d(F.pad(x, (3, 0)), conv1d_weight, conv1d_bias, groups=x.shape[1])
+    x = F.silu(x)
+    rank = rest["delta_proj_weight"].shape[1]
+    projected = x_proj_weight @ x
+    delta = rest["delta_proj_weight"] @ projected[:, :rank]
+    B = rest.get("B", projected[:, rank : rank + STATES])
+    C = rest.get("C", projected[:, -STATES:])
+    if "B_proj_bias" in rest:
+        B, C = B + rest["B_proj_bias"][:, None], C + rest["C_proj_bias"][:, None]
+    if "b_rms_weight" in rest:
+        B = rms_norm(B, rest["b_rms_weight"], B.dim() - 2 if B.dim() > 2 else 1)
+        C = rms_norm(C, rest["c_rms_weight"], 1)
+        delta = rms_norm(delta, rest["dt_rms_weight"], 1)
+    y, _ = scan_definition(
+        x, delta, rest["A"], B, C, rest["D"], z, rest["delta_bias"], delta_softplus=True
+    )
+    return (F.linear(y.transpose(1, 2), rest["out_proj_weight"], rest["out_proj_bias"]),)
+
+
+def make_mamba(**options: Any) -> Mamba:
+    torch.manual_seed(0)
+    block = Mamba(8, d_state=STATES, bias=True, **{"dtype": torch.float64} | options)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return block
+
+
+@pytest.mark.parametrize("checkpoint_lvl", [0, 1])
+@pytest.mark.parametrize("kind", ["plain", "proj_bias", "rms", "given B", "constant B"])
+def test_inner_is_the_definition(kind: str, checkpoint_lvl: int) -> None:
+    block = make_mamba()
+    tensors = inner_arguments(block)
+    if kind == "proj_bias":
+        tensors |= {"B_proj_bias": random(STATES), "C_proj_bias": random(STATES)}
+    elif kind == "rms":
+        tensors |= {f"{name}_rms_weight": random(STATES) for name in ("b", "c")}
+        tensors["dt_rms_weight"] = random(block.d_inner)
+    elif kind != "plain":
+        constant = (block.d_inner, STATES)
+        tensors["B"] = random(*(constant if kind == "constant B" else SHAPES["varying"]))
+        with torch.no_grad():
+            tensors["x_proj_weight"] = tensors["x_proj_weight"][: 1 + STATES]
+    inner = partial(mamba_inner_fn, checkpoint_lvl=checkpoint_lvl)
+    assert_float64_equal(
+        gradients(lambda **t: (inner(**t),), tensors),
+        gradients(lambda **t: inner_definition(**t), tensors),
+    )
+
+
+def test_inner_keeps_less_with_checkpoint_lvl_1() -> None:
+    kept = {}
+    for level in (0, 1):
+        tensors = inner_arguments(make_mamba())
+        found: dict[int, int] = {}
+
+        def pack(t: Tensor, found: dict[int, int] = found) -> Tensor:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = mamba_inner_fn(**tensors, checkpoint_lvl=level)
+        kept[level] = sum(found.values())
+        assert y.requires_grad
+    # The convolution's output and delta are not kept.
+    assert kept[0] - kept[1] >= 2 * BATCH * 16 * LENGTH * 8
+
+
+def test_inner_in_bfloat16_with_a_float32_bias() -> None:
+    block = make_mamba(dtype=torch.bfloat16)
+    tensors = inner_arguments(block)
+    tensors["xz"] = tensors["xz"].to(torch.bfloat16)
+    tensors["out_proj_bias"] = tensors["out_proj_bias"].float()
+    got = mamba_inner_fn(**tensors)
+    assert got.dtype is torch.bfloat16
+    exact = inner_definition(**{k: t.double() for k, t in tensors.items()})[0]
+    # Four roundings, of 2^-9 each, on the way.
+    scale = exact.abs().max().item()
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=0.02 * scale)
+
+
+def test_inner_checkpoint_lvl() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint_lvl must be 0 or 1; got 2"):
+        mamba_inner_fn(**inner_arguments(make_mamba()), checkpoint_lvl=2)
+
+
+# selective_state_update
+
+
+def update_inputs(heads: bool = False) -> dict[str, Tensor]:
+    dim = (2, DIM) if heads else (DIM,)
+    return {
+        "state": random(BATCH, *dim, STATES),
+        "x": random(BATCH, *dim),
+        "dt": random(BATCH, *dim),
+        "A": -torch.rand(*dim, STATES, dtype=torch.float64),
+        "B": random(BATCH, *([2] if heads else []), STATES),
+        "C": random(BATCH, *([2] if heads else []), STATES),
+        "D": random(*dim),
+        "z": random(BATCH, *dim),
+        "dt_bias": random(*dim),
+    }
+
+
+def update_definition(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y and the state after the step; B and C have a group per head."""
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = F.softplus(dt) if dt_softplus else dt
+    state = (dt[..., None] * A).exp() * state + (dt * x)[..., None] * B[..., None, :]
+    y = (state * C[..., None, :]).sum(-1)
+    y = y if D is None else y + D * x
+    return (y if z is None else y * F.silu(z)), state
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("absent", [(), ("D",), ("z",), ("dt_bias",), ("D", "z", "dt_bias")])
+@pytest.mark.parametrize("dt_softplus", [False, True])
+def test_update_is_the_definition(heads: bool, absent: tuple[str, ...], dt_softplus: bool) -> None:
+    tensors = {k: t for k, t in update_inputs(heads).items() if k not in absent}
+    expected, state = update_definition(**tensors, dt_softplus=dt_softplus)
+    assert_same(selective_state_update(**tensors, dt_softplus=dt_softplus), expected)
+    assert_same(tensors["state"], state)
+
+
+def test_update_with_groups_and_no_heads() -> None:
+    tensors = update_inputs()
+    expected, _ = update_definition(**tensors)
+    tensors |= {name: tensors[name][:, None] for name in ("B", "C")}
+    assert_same(selective_state_update(**update_inputs() | tensors), expected)
+
+
+def test_update_of_chosen_states() -> None:
+    tensors = update_inputs()
+    states = random(5, DIM, STATES)
+    expected_states = states.clone()
+    expected, expected_states[3:4] = (
+        t[1:] for t in update_definition(**tensors | {"state": states[[0, 3]]})
+    )
+    tensors["state"] = states
+    y = selective_state_update(**tensors, state_batch_indices=torch.tensor([-1, 3]))
+    assert_same(y[1:], expected)
+    assert not y[0].any()
+    assert_same(states, expected_states)
+
+
+def test_update_in_place_in_bfloat16() -> None:
+    tensors = {
+        k: t.to(torch.float32 if k in ("A", "D") else torch.bfloat16)
+        for k, t in update_inputs().items()
+    }
+    exact, state = update_definition(**{k: t.double() for k, t in tensors.items()})
+    y = selective_state_update(**tensors)
+    assert y.dtype is torch.bfloat16
+    # Each is rounded once.
+    for mine, oracle in ((y, exact), (tensors["state"], state)):
+        torch.testing.assert_close(mine.double(), oracle, rtol=2**-8, atol=1e-6)
+
+
+def test_update_with_mixed_types() -> None:
+    tensors = update_inputs()
+    exact, _ = update_definition(**tensors)
+    tensors = {
+        k: t.to(torch.bfloat16 if k in ("x", "D") else torch.float32) for k, t in tensors.items()
+    }
+    y = selective_state_update(**tensors)
+    assert y.dtype is torch.bfloat16
+    # x and D are rounded, then y.
+    scale = exact.abs().max().item()
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=0.03 * scale)
+
+
+def test_softplus_in_decode_is_that_of_prefill() -> None:
+    tensors = scan_inputs()
+    tensors = {k: t.float() for k, t in tensors.items()}
+    tensors["delta"] = torch.linspace(-30, 25, LENGTH).expand(BATCH, DIM, LENGTH)
+    y, last_state = selective_scan_fn(**tensors, delta_softplus=True, return_last_state=True)
+    state = torch.zeros(BATCH, DIM, STATES)
+    steps = [
+        selective_state_update(
+            state,
+            *(tensors[k][..., t] for k in ("u", "delta")),
+            tensors["A"],
+            *(tensors[k][..., t] for k in ("B", "C")),
+            D=tensors["D"],
+            z=tensors["z"][..., t],
+            dt_bias=tensors["delta_bias"],
+            dt_softplus=True,
+        )
+        for t in range(LENGTH)
+    ]
+    # Float32 rounding of a short sum.
+    assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    assert_close(torch.stack(steps, dim=-1), y)
+    assert_close(state, last_state)
+
+
+# Mamba
+
+
+def test_mamba_is_the_block() -> None:
+    block = make_mamba()
+    plain = MambaBlock(8, d_state=STATES, bias=True, dtype=torch.float64)
+    plain.load_state_dict(block.state_dict(), strict=True)
+    hidden = random(BATCH, LENGTH, 8)
+    assert torch.equal(block(hidden), plain(hidden))
+    xz = F.linear(hidden, block.in_proj.weight, block.in_proj.bias).transpose(1, 2)
+    assert_same(block(hidden), mamba_inner_fn(**inner_arguments(block) | {"xz": xz}))
+    assert (block.expand, block.use_fast_path) == (2, True)
+
+
+def test_mamba_allocates() -> None:
+    block = Mamba(8, 5, 3, dtype=torch.bfloat16)
+    conv_state, ssm_state = block.allocate_inference_cache(3, 100)
+    assert (conv_state.shape, ssm_state.shape) == ((3, 16, 3), (3, 16, 5))
+    assert {conv_state.dtype, ssm_state.dtype} == {torch.bfloat16}
+    states = block.allocate_inference_cache(3, 100, dtype=torch.float32, unused=1)
+    assert {state.dtype for state in states} == {torch.float32}
+    assert not any(state.any() for state in (conv_state, ssm_state, *states))
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 5])
+def test_mamba_inference(prompt: int) -> None:
+    block = make_mamba(layer_idx=3)
+    hidden = random(BATCH, LENGTH, 8)
+    params = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+    with torch.no_grad():
+        outputs = [block(hidden[:, :prompt], params)]
+        conv_state, ssm_state = params.key_value_memory_dict[3]
+        assert conv_state.shape == (BATCH, 16, 4)
+        for t in range(prompt, LENGTH):
+            params.seqlen_offset = t
+            outputs.append(block(hidden[:, t : t + 1], inference_params=params))
+        assert params.key_value_memory_dict[3][0] is conv_state
+        assert_same(torch.cat(outputs, dim=1), block(hidden))
+
+        states = block.allocate_inference_cache(BATCH, LENGTH)
+        for t in range(LENGTH):
+            y, *after = block.step(hidden[:, t : t + 1], *states)
+            assert_same(y[:, 0], block(hidden)[:, t])
+            assert all(a is b for a, b in zip(after, states, strict=True))
+        assert_same(states[1], ssm_state)
+        assert_same(states[0][..., 1:], conv_state[..., 1:])
+
+
+def test_mamba_in_bfloat16() -> None:
+    block, hidden = make_mamba(dtype=torch.bfloat16), random(BATCH, LENGTH, 8).bfloat16()
+    states = block.allocate_inference_cache(BATCH, LENGTH)
+    with torch.no_grad():
+        steps = torch.cat(
+            [block.step(hidden[:, t : t + 1], *states)[0] for t in range(LENGTH)], dim=1
+        )
+        whole = block(hidden)
+    assert steps.dtype is torch.bfloat16
+    # The states are rounded to bfloat16 after each step.
+    torch.testing.assert_close(steps, whole, rtol=0, atol=0.03 * whole.abs().max().item())
+
+
+def test_mamba_bad_calls() -> None:
+    block = make_mamba()
+    with pytest.raises(ValueError, match=r"must be \(batch, 1, d_model\); got \(2, 7, 8\)"):
+        block.step(random(BATCH, LENGTH, 8), *block.allocate_inference_cache(BATCH, 1))
+    params = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+    with pytest.raises(ValueError, match="layer_idx must be given for inference_params"):
+        block(random(BATCH, LENGTH, 8), params)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile and torch.export of the block over lengths and batches, and checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from mambablock import MambaBlock, MambaState
+
+# Sums of some hundred float64 terms in another order.
+assert_same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
+
+
+def make_block(**options: Any) -> MambaBlock:
+    torch.manual_seed(0)
+    return MambaBlock(
+        **{"d_model": 6, "d_state": 5, "bias": True, "dtype": torch.float64} | options
+    )
+
+
+def results(
+    function: Callable[..., Any], block: MambaBlock, hidden: Tensor, state: MambaState
+) -> list[Tensor]:
+    """The outputs, and the gradients of a sum of them."""
+    leaves = [hidden.requires_grad_(), *block.parameters()]
+    y, last = function(hidden, state, return_state=True)
+    loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in (y, *last))
+    return [y, *last, *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.fixture(autouse=True)
+def _reset_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# The default code generator takes seconds to compile, so it runs one case.
+@pytest.mark.parametrize(
+    ("dynamic", "backend", "compilations"),
+    [(True, "inductor", 1), (None, "aot_eager", 2), (False, "aot_eager", 5)],
+)
+def test_compiles_once_for_all_lengths(
+    dynamic: bool | None, backend: str, compilations: int
+) -> None:
+    block = make_block()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend=counter)
+    for length in (7, 64, 65, 130, 9):
+        hidden, state = torch.randn(2, length, 6, dtype=torch.float64), block.allocate_state(2)
+        assert_same(results(compiled, block, hidden, state), results(block, block, hidden, state))
+    assert counter.frame_count == compilations
+
+
+class Streaming(nn.Module):
+    def __init__(self, block: MambaBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        return self.block(x, state, return_state=True)
+
+
+def test_exports_for_any_batch_and_length() -> None:
+    block = make_block()
+    batch, length = torch.export.Dim("batch", max=64), torch.export.Dim("length", max=4096)
+    program = torch.export.export(
+        Streaming(block),
+        (torch.randn(2, 7, 6, dtype=torch.float64), block.allocate_state(2)),
+        dynamic_shapes=({0: batch, 1: length}, ({0: batch}, {0: batch})),
+    )
+    scan = torch.ops.mambablock.selective_scan.default
+    saves_states = [node.args[-1] for node in program.graph.nodes if node.target is scan]
+    assert saves_states == [False]
+    module = program.module()
+    for rows, steps in ((1, 1), (2, 7), (5, 130)):
+        hidden = torch.randn(rows, steps, 6, dtype=torch.float64)
+        state = MambaState(*(torch.randn_like(s) for s in block.allocate_state(rows)))
+        assert_same(module(hidden, state), Streaming(block)(hidden, state))
+
+
+def test_checkpoint() -> None:
+    block = make_block()
+    hidden, state = torch.randn(2, 9, 6, dtype=torch.float64), block.allocate_state(2)
+    wrapped = partial(checkpoint, block, use_reentrant=False)
+    expected = results(block, block, hidden, state)
+    # The same operations twice.
+    torch.testing.assert_close(results(wrapped, block, hidden, state), expected, rtol=0, atol=0)
