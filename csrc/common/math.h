@@ -178,21 +178,25 @@ template <class V>
   return sigmoid_x * (x * (ScalarOf<V>(1) - sigmoid_x) + ScalarOf<V>(1));
 }
 
-// log(1 + e^x), and x itself above 20 as torch.nn.functional.softplus. At most 4 ULP where e^x
-// is a normal number.
 template <class V>
-[[gnu::always_inline]] inline V softplus(V x) {
-  const V zero = V{}, magnitude = x < ScalarOf<V>(0) ? x : V(-x);
-  const V positive = max_keep_nan(zero, x);
-  const V smooth = positive + log1p_unit(exp(magnitude));
-  return x > ScalarOf<V>(20) ? x : smooth;
+struct Softplus {
+  V value, derivative;
+};
+
+// log(1 + e^x), and x itself above 20 as torch.nn.functional.softplus, with the derivative, which
+// is sigmoid(x) and 1. Both at most 4 ULP where e^x is a normal number.
+template <class V>
+[[gnu::always_inline]] inline Softplus<V> softplus_with_derivative(V x) {
+  const V zero = V{}, one = V{} + ScalarOf<V>(1);
+  const V e = exp(V(x < ScalarOf<V>(0) ? x : V(-x)));
+  const V value = max_keep_nan(zero, x) + log1p_unit(e);
+  const V derivative = (x < ScalarOf<V>(0) ? e : one) / (e + one);
+  return {x > ScalarOf<V>(20) ? x : value, x > ScalarOf<V>(20) ? one : derivative};
 }
 
-// The derivative of softplus at x.
 template <class V>
-[[gnu::always_inline]] inline V softplus_derivative(V x) {
-  const V one = V{} + ScalarOf<V>(1);
-  return x > ScalarOf<V>(20) ? one : sigmoid(x);
+[[gnu::always_inline]] inline V softplus(V x) {
+  return softplus_with_derivative(x).value;
 }
 
 }  // namespace mambablock

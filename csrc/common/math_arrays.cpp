@@ -38,7 +38,7 @@ void apply_math(MathFunction function, const float* x, float* y, int64_t count) 
     case MathFunction::softplus:
       return apply([](auto v) { return softplus(v); }, x, y, count);
     case MathFunction::softplus_derivative:
-      return apply([](auto v) { return softplus_derivative(v); }, x, y, count);
+      return apply([](auto v) { return softplus_with_derivative(v).derivative; }, x, y, count);
   }
 }
 

@@ -221,8 +221,7 @@ void finish_gradient(Run<T>& run, const Segment& segment) {
     V ddelta_bias = load_vector<V>(run.ddelta_bias + c * lanes);
     for (int64_t at = 0; at < run.steps * lanes; at += lanes) {
       const V g_B_step = load_vector<V>(g_B + at), u_step = load_vector<V>(u + at);
-      V ddelta = g_B_step * u_step + load_vector<V>(g_A + at);
-      if (p.delta_softplus) ddelta *= softplus_derivative(load_vector<V>(delta + at));
+      const V ddelta = (g_B_step * u_step + load_vector<V>(g_A + at)) * load_vector<V>(delta + at);
       ddelta_bias += ddelta;
       store_vector(g_A + at, ddelta);
       const V du = g_B_step * load_vector<V>(dt + at) + skip * load_vector<V>(dy + at);

@@ -34,12 +34,13 @@ template <class A>
   return run;
 }
 
-// The tiles of a run's steps. The forward keeps dt and dt * u in the place of delta and u.
+// The tiles of a run's steps. The forward keeps dt and dt * u in the places of delta and u.
 struct ForwardTiles {
   enum { kU, kDelta, kY, kZ, kCount, kDt = kDelta, kDtU = kU };
 };
 struct BackwardTiles {
-  // kDy: the gradient of y before the gate; kGB: sum_n g B; kGA: sum_n A a g h_{t-1}.
+  // kDelta: once loaded, dt's derivative by delta; kDy: the gradient of y before the gate; kGB:
+  // sum_n g B; kGA: sum_n A a g h_{t-1}.
   enum { kU, kDelta, kY, kZ, kDt, kDtU, kDy, kGB, kGA, kCount };
 };
 
@@ -160,8 +161,13 @@ struct Tiles {
       A *dt = column(c, Which::kDt), *dt_u = column(c, Which::kDtU);
       for (int64_t at = 0; at < steps * lanes; at += lanes) {
         const V biased = load_vector<V>(delta + at) + bias, u_step = load_vector<V>(u + at);
-        const V dt_step = p.delta_softplus ? softplus(biased) : biased;
-        store_vector(delta + at, biased);
+        V dt_step = biased, derivative = V{} + A(1);
+        if (p.delta_softplus) {
+          const Softplus<V> softplus = softplus_with_derivative(biased);
+          dt_step = softplus.value;
+          derivative = softplus.derivative;
+        }
+        if constexpr (Which::kDelta != Which::kDt) store_vector(delta + at, derivative);
         store_vector(dt + at, dt_step);
         store_vector(dt_u + at, V(dt_step * u_step));
         store_vector(y + at, V(skip * u_step));
