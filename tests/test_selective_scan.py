@@ -392,6 +392,40 @@ def test_wide_range_of_dt_and_unstable_A() -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_growing_state_with_a_big_bias() -> None:
+    tensors = make_inputs(1, 40, 3, 2, dtype=torch.float32)
+    tensors["A"] = torch.tensor([[0.5, 0.1], [2.0, -1.0], [40.0, 0.0]])
+    tensors["delta_bias"] = torch.tensor([5.0, 3.0, 1.0])
+    y, state = mambablock.selective_scan(**tensors, **OPTIONS)
+    expected, expected_state = reference.selective_scan(**tensors, **OPTIONS)
+    # exp(5 * 0.5 * 40) is near float32's end, and the last channel beyond it: infinite in both.
+    assert torch.equal(state.isfinite(), expected_state.isfinite())
+    assert not state.isfinite().all()
+    finite = expected.isfinite() & (expected.abs() < 1e30)
+    # Forty decays multiplied, each to a few roundings of its exponent of up to 3.
+    torch.testing.assert_close(y[finite], expected[finite], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_past_2_31_elements() -> None:
+    length, d_inner = 2**20 + 70, 2048
+    u, B = torch.randn(1, 2 * d_inner), torch.randn(1, length, 1).bfloat16()
+    wide = u.bfloat16()[:, None].expand(1, length, -1)[..., ::2]
+    tensors = {"u": wide, "delta": wide, "A": -torch.rand(d_inner, 1), "B": B, "C": B}
+    y, state = mambablock.selective_scan(**tensors, delta_softplus=True, return_final_state=True)
+    assert y.numel() > 2**31
+    half = length // 2
+    pieces = {n: (t[:, :half], t[:, half:]) if n != "A" else (t, t) for n, t in tensors.items()}
+    _, middle = mambablock.selective_scan(
+        **{n: t[0] for n, t in pieces.items()}, **OPTIONS, initial_state=None
+    )
+    end, final = mambablock.selective_scan(
+        **{n: t[1] for n, t in pieces.items()}, **OPTIONS, initial_state=middle
+    )
+    assert torch.equal(y[:, half:], end)
+    assert torch.equal(state, final)
+
+
 def test_autocast_casts_activations_alone() -> None:
     tensors = make_inputs(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
