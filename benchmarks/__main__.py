@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -22,17 +23,25 @@ from .plots import save_plots
 from .rate import measure_rate
 from .results import Results, bars_table, figures_table, machine
 from .scan import measure_scan
-from .settings import FULL, QUICK
+from .settings import FULL, QUICK, Settings
 
-Section = Enum("Section", {n: n for n in ("rate", "scan", "conv", "block", "decode", "memory")})
+
+class Section(str, Enum):
+    rate = "rate"
+    scan = "scan"
+    conv = "conv"
+    block = "block"
+    decode = "decode"
+    memory = "memory"
+
 
 _measure = {
-    "rate": measure_rate,
-    "scan": measure_scan,
-    "conv": measure_conv,
-    "block": measure_block,
-    "decode": measure_decode,
-    "memory": measure_memory,
+    Section.rate: measure_rate,
+    Section.scan: measure_scan,
+    Section.conv: measure_conv,
+    Section.block: measure_block,
+    Section.decode: measure_decode,
+    Section.memory: measure_memory,
 }
 
 
@@ -56,18 +65,18 @@ def main(
         with progress.status("checking the results against the reference"):
             check_operators()
             check_contenders()
-        for name, measure in _measure.items():
-            if not only or name in [section.value for section in only]:
-                with progress.status(f"measuring: {name}"):
-                    results.extend(in_fresh_process(measure, settings))
+        for section in _measure:
+            if not only or section in only:
+                with progress.status(f"measuring: {section.value}"):
+                    results.extend(_measured(section, settings))
     except WrongResultError as error:
         print(f"{error}.", file=sys.stderr)
         raise typer.Exit(1) from None
 
     console.print(", ".join(f"{name}: {value}" for name, value in machine().items()))
-    for name in _measure:
-        if results.select(name):
-            console.print(figures_table(results, name))
+    for section in _measure:
+        if results.select(section.value):
+            console.print(figures_table(results, section.value))
     caption = "Not at the bars' sizes: a quick run." if quick else "Medians of interleaved rounds."
     console.print(bars_table(results.bars, caption))
     for note in results.notes:
@@ -77,6 +86,14 @@ def main(
     if output is not None:
         results.save(output, settings)
         save_plots(results, output, settings)
+
+
+def _measured(section: Section, settings: Settings) -> Results:
+    try:
+        return in_fresh_process(_measure[section], settings)
+    except BrokenProcessPool:
+        note = f"{section.value} is left out: its process was killed, perhaps for want of memory"
+        return Results(notes=[note])
 
 
 if __name__ == "__main__":

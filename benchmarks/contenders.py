@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -26,7 +27,7 @@ OURS, LOOP, TRANSFORMERS, MAMBAPY, LINEARS = (
 )
 HAS_TRANSFORMERS, HAS_MAMBAPY = (find_spec(name) is not None for name in (TRANSFORMERS, MAMBAPY))
 
-Mixer = Callable[[Tensor], Tensor]
+Mixer = Callable[[Tensor], Any]
 
 
 def missing_packages() -> list[str]:
@@ -68,8 +69,10 @@ def first_steps(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
 
 
 def scan(inputs: dict[str, Tensor]) -> Task:
-    def function(*tensors: Tensor) -> Tensor:
-        return selective_scan(**dict(zip(inputs, tensors, strict=True)), delta_softplus=True)
+    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
+        return selective_scan(
+            u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True
+        )
 
     return Task(function, *inputs.values())
 
@@ -80,11 +83,10 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def loop_scan(inputs: dict[str, Tensor]) -> Task:
-    def function(*tensors: Tensor) -> Tensor:
-        named = dict(zip(inputs, tensors, strict=True))
-        y = reference.selective_scan(**named, delta_softplus=True)
-        assert isinstance(y, Tensor)
-        return y
+    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
+        return reference.selective_scan(
+            u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True
+        )
 
     return Task(function, *inputs.values())
 
@@ -118,7 +120,7 @@ def mambapy_scan(inputs: dict[str, Tensor]) -> Task:
 
 
 def scans() -> dict[str, Callable[[dict[str, Tensor]], Task]]:
-    found = {OURS: scan, LOOP: loop_scan}
+    found: dict[str, Callable[[dict[str, Tensor]], Task]] = {OURS: scan, LOOP: loop_scan}
     if HAS_TRANSFORMERS:
         found[TRANSFORMERS] = transformers_scan
     if HAS_MAMBAPY:
@@ -126,7 +128,7 @@ def scans() -> dict[str, Callable[[dict[str, Tensor]], Task]]:
     return found
 
 
-def transformers_mixer(block: MambaBlock) -> nn.Module:
+def transformers_mixer(block: MambaBlock) -> Any:
     import transformers
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
@@ -139,7 +141,7 @@ def transformers_mixer(block: MambaBlock) -> nn.Module:
     return mixer
 
 
-def mambapy_mixer(block: MambaBlock) -> nn.Module:
+def mambapy_mixer(block: MambaBlock) -> Any:
     from mambapy.mamba import MambaBlock as MambapyBlock
     from mambapy.mamba import MambaConfig
 
@@ -151,7 +153,7 @@ def mambapy_mixer(block: MambaBlock) -> nn.Module:
 def loop_mixer(block: MambaBlock) -> Mixer:
     """The block's own forward with the definition's operators."""
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Any:
         with patch.multiple(
             "mambablock.block",
             causal_conv1d=reference.causal_conv1d,
@@ -192,7 +194,7 @@ def decoders(block: MambaBlock) -> dict[str, Mixer]:
     """Functions of x (1, d_model) that move a state of their own on by one token."""
     state, loop_state = block.allocate_state(1), block.allocate_state(1)
 
-    def loop_step(x: Tensor) -> Tensor:
+    def loop_step(x: Tensor) -> Any:
         with patch.multiple(
             "mambablock.block",
             causal_conv1d_update=reference.causal_conv1d_update,
@@ -214,7 +216,7 @@ def transformers_decoder(block: MambaBlock) -> Mixer:
     mixer = transformers_mixer(block).eval()
     cache = DynamicCache(config=mixer.config)
 
-    def step(x: Tensor) -> Tensor:
+    def step(x: Tensor) -> Any:
         return mixer(x[:, None], cache_params=cache)[:, 0]
 
     return step
@@ -224,7 +226,7 @@ def mambapy_decoder(block: MambaBlock) -> Mixer:
     mixer = mambapy_mixer(block)
     cache = (None, torch.zeros(1, D_INNER, D_CONV - 1))
 
-    def step(x: Tensor) -> Tensor:
+    def step(x: Tensor) -> Any:
         nonlocal cache
         y, cache = mixer.step(x, cache)
         return y

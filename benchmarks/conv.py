@@ -19,10 +19,10 @@ LONGEST_FOR_PYTORCH = 4096
 def measure_conv(settings: Settings) -> Results:
     keep_freed_memory()
     results = Results()
-    lengths = {settings.length, *fitting_lengths(settings, 8, results.notes)}
+    lengths = {settings.length, *fitting_lengths(settings, 11, results.notes)}
     for count in settings.threads:
         with threads(count):
-            for length in sorted(lengths):
+            for length in sorted(lengths, reverse=True):
                 _next_to_silu(length, torch.float32, count, settings, results)
             for dtype in (torch.bfloat16, torch.float16):
                 _next_to_silu(settings.length, dtype, count, settings, results)

@@ -158,10 +158,10 @@ def _mallopt(parameter: int, value: int) -> None:
 def fitting_lengths(settings: Settings, tensors: int, notes: list[str]) -> tuple[int, ...]:
     """The lengths at which as many float32 tensors of (1, length, D_INNER) fit into memory."""
     available = proc_bytes("meminfo", "MemAvailable")
-    most = 0.7 * available / (tensors * D_INNER * torch.float32.itemsize)
+    most = 0.9 * available / (tensors * D_INNER * torch.float32.itemsize)
     left_out = [length for length in settings.lengths if length > most]
     note = f"too little free memory for lengths above {most:.0f}: they are left out"
-    if left_out and note not in notes:
+    if left_out:
         notes.append(note)
     return tuple(length for length in settings.lengths if length <= most)
 

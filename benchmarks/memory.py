@@ -23,7 +23,7 @@ def measure_memory(settings: Settings) -> Results:
     results = Results()
     length = settings.memory_length
     for passes in ("forward", "backward"):
-        peak, needed = in_fresh_process(_scan_peak, length, passes)
+        peak, needed = in_fresh_process(scan_peak, length, passes)
         _add(results, "selective_scan", passes, length, peak)
         _add(results, "its tensors", passes, length, needed)
         tensors = "inputs + outputs" + (" + gradients" if passes == "backward" else "")
@@ -63,7 +63,7 @@ def _bytes(*tensors: torch.Tensor) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _scan_peak(length: int, passes: str) -> tuple[int, int]:
+def scan_peak(length: int, passes: str) -> tuple[int, int]:
     """Peak with the inputs, and the bytes of the tensors that go in and come out."""
     return_freed_memory()
     _warm_up(scan(scan_inputs(16, dtype=torch.float32)))

@@ -38,11 +38,18 @@ def _lines(axes: Axes, series: Series, title: str, x: str, y: str) -> None:
 
 
 def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
+    """On a logarithmic axis, but where all are of one order of magnitude."""
     engineering = EngFormatter(unit, places=2)
-    bars = axes.barh(list(values), list(values.values()), log=True)
+    least, most = min(values.values()), max(values.values())
+    bars = axes.barh(list(values), list(values.values()), log=most > 10 * least)
     axes.bar_label(bars, [engineering(value) for value in values.values()], padding=3)
-    axes.set(title=title, xlim=(min(values.values()) / 3, max(values.values()) * 5))
+    axes.set(title=title, xlim=(least / 3, most * 5) if most > 10 * least else (0, most * 1.3))
+    axes.xaxis.set_major_formatter(EngFormatter(unit))
     axes.invert_yaxis()
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" if count == 1 else f"{count} threads"
 
 
 def _rate(panels: list[Axes], results: Results, settings: Settings) -> None:
@@ -51,14 +58,13 @@ def _rate(panels: list[Axes], results: Results, settings: Settings) -> None:
     panels[0].set_xlabel("state-steps, or exps, per second")
 
 
-def _by_length(section: str, axes: Axes, results: Results) -> None:
+def _by_length(section: str, panels: list[Axes], results: Results) -> None:
     """Nanoseconds per channel and time step, so that a flat line is linear time."""
-    for panel, passes in zip(axes, _passes[section], strict=True):
+    for panel, passes in zip(panels, _passes[section], strict=True):
         series: Series = {}
         for figure in results.select(section, dtype="float32", **{"pass": passes}):
             if figure.get("d_state", D_STATE) == D_STATE:
-                threads = f"{figure['threads']} thread" + "s" * (figure["threads"] > 1)
-                label = f"{figure['implementation']}, {threads}"
+                label = f"{figure['implementation']}, {_threads(figure['threads'])}"
                 per_step = figure["seconds"] / figure["length"] / D_INNER * 1e9
                 series.setdefault(label, []).append((figure["length"], per_step))
         _lines(panel, series, f"{section} {passes}", "length", "ns per channel and time step")
@@ -71,14 +77,14 @@ def _scan_sizes(panels: list[Axes], results: Results, settings: Settings) -> Non
     threads = settings.threads[-1]
     for figure in at_length:
         if figure["dtype"] == "float32":
-            label = f"{figure['pass']}, {figure['threads']} threads"
+            label = f"{figure['pass']}, {_threads(figure['threads'])}"
             rate = settings.length * D_INNER * figure["d_state"] / figure["seconds"]
             states.setdefault(label, []).append((figure["d_state"], rate))
         if figure["d_state"] == D_STATE and figure["threads"] == threads:
             types[f"{figure['dtype']}, {figure['pass']}"] = figure["seconds"]
     title = f"scan, L = {settings.length}"
     _lines(panels[0], states, f"{title}, float32", "d_state", "state-steps per second")
-    _bars(panels[1], dict(sorted(types.items())), f"{title}, {threads} threads", "s")
+    _bars(panels[1], dict(sorted(types.items())), f"{title}, {_threads(threads)}", "s")
 
 
 def _block(panels: list[Axes], results: Results, settings: Settings) -> None:
@@ -105,9 +111,9 @@ def _memory(panels: list[Axes], results: Results, settings: Settings) -> None:
 _passes = {"scan": ("forward", "forward + backward"), "conv": ("forward", "backward")}
 _plots = {
     "rate": (_rate, 1),
-    "scan_length": (lambda axes, results, _: _by_length("scan", axes, results), 2),
+    "scan_length": (lambda panels, results, _: _by_length("scan", panels, results), 2),
     "scan_sizes": (_scan_sizes, 2),
-    "conv_length": (lambda axes, results, _: _by_length("conv", axes, results), 2),
+    "conv_length": (lambda panels, results, _: _by_length("conv", panels, results), 2),
     "block": (_block, 2),
     "decode": (_decode, 1),
     "memory": (_memory, 1),

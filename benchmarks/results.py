@@ -158,7 +158,7 @@ def figures_table(results: Results, section: str) -> Table:
     implementations = list(dict.fromkeys(figure["implementation"] for figure in figures))
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for figure in figures:
-        unit, value = figure.get("unit", "s"), figure.get("value", figure.get("seconds"))
+        unit, value = figure.get("unit", "s"), figure.get("value") or figure["seconds"]
         cells = rows.setdefault(tuple(figure.get(c, "") for c in columns), {})
         cells[figure["implementation"]] = quantity(value, unit)
     table = Table(*columns, title=section)

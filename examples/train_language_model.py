@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from model import MambaLM
 
-SEED, BATCH, LENGTH, LEARNING_RATE, BETAS = 0, 8, 128, 1e-2, (0.9, 0.99)
+SEED, BATCH, LENGTH, LEARNING_RATE = 0, 4, 256, 6e-3
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
@@ -182,15 +182,14 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
     prompt: Annotated[str, typer.Option(help="What the written text starts with.")] = "def ",
     d_model: Annotated[int, typer.Option(min=1)] = 128,
-    layers: Annotated[int, typer.Option(min=1)] = 2,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
 ) -> None:
     """Train a byte-level Mamba language model on text, compare it with gzip, let it write."""
     text, held_out = read_text(data)
     torch.manual_seed(SEED)
     model = MambaLM(256, d_model, layers)
-    optimizer = torch.optim.Adam(model.parameters(), betas=BETAS, fused=True)
     settings = {"d_model": d_model, "layers": layers, "text crc32": crc32(text.numpy().tobytes())}
-    run = Run(model, optimizer, settings, minutes, steps)
+    run = Run(model, torch.optim.Adam(model.parameters(), fused=True), settings, minutes, steps)
     checkpoint = output / "checkpoint.safetensors"
     if resume:
         run.load(checkpoint)

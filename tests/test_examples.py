@@ -160,7 +160,7 @@ def test_failed_save_keeps_the_checkpoint_before(
     [
         (None, "No such file or directory"),
         (b"", "holds nothing"),
-        (b"a few words", "is too short: it has 11 bytes of text, less than 1280"),
+        (b"a few words", "is too short: it has 11 bytes of text, less than 2560"),
         (b"PK\x03\x04\0\0" * 1000, "holds binary data, with NUL bytes"),
     ],
     ids=["missing", "empty", "short", "binary"],

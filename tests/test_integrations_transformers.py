@@ -105,8 +105,8 @@ def test_greedy_generation(model: Any, padded: bool, length: int) -> None:
         return model.generate(
             ids,
             attention_mask=left_padding()[:, -length:] if padded else torch.ones_like(ids),
-            max_new_tokens=16,
-            min_new_tokens=16,
+            max_new_tokens=10,
+            min_new_tokens=10,
             do_sample=False,
             return_dict_in_generate=True,
             output_logits=True,

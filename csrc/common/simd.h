@@ -163,6 +163,64 @@ inline void store_row(T* target, int64_t channels, const Accumulator<T>* source,
   }
 }
 
+// Exchanges, between the vectors a and b, a's lanes with the bit `Half` and b's without.
+template <int Half, class V, int... Lane>
+[[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, Lane...>) {
+  using Mask = typename VectorTraits<V>::Int;
+  constexpr int lanes = sizeof...(Lane);
+  const Mask low{(Lane & Half ? lanes + Lane - Half : Lane)...};
+  const Mask high{(Lane & Half ? lanes + Lane : Lane + Half)...};
+  const V first = __builtin_shuffle(a, b, low);
+  b = __builtin_shuffle(a, b, high);
+  a = first;
+}
+
+// Lane j of vector i becomes lane i of vector j.
+template <class V, int Half = 1>
+[[gnu::always_inline]] inline void transpose(V* rows) {
+  constexpr int lanes = VectorTraits<V>::lanes;
+  if constexpr (Half < lanes) {
+    for (int i = 0; i < lanes; ++i) {
+      if ((i & Half) == 0) {
+        exchange_lanes<Half>(rows[i], rows[i + Half], std::make_integer_sequence<int, lanes>());
+      }
+    }
+    transpose<V, Half * 2>(rows);
+  }
+}
+
+// Steps that lie side by side, one channel after the other: squares of as many steps as lanes are
+// read along time and transposed.
+template <class T>
+inline void load_channels(const T* source, const Strided3& input, int64_t steps, int64_t channels,
+                          Accumulator<T>* tile, TileStrides strides) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  for (int64_t c = 0; c < channels; c += lanes, source += lanes * input.channel) {
+    const int64_t rest = channels - c < lanes ? channels - c : lanes;
+    A* column = tile + c / lanes * strides.column;
+    for (int64_t step = 0; step < steps; step += lanes) {
+      const int64_t count = steps - step < lanes ? steps - step : lanes;
+      V rows[lanes]{};
+      for (int64_t lane = 0; lane < rest; ++lane) {
+        const T* channel = source + lane * input.channel + step * input.time;
+        A values[lanes]{};
+        if (count == lanes && input.time == 1) {
+          for (int i = 0; i < lanes; ++i) values[i] = to_accumulator(channel[i]);
+        } else {
+          for (int64_t i = 0; i < count; ++i) values[i] = to_accumulator(channel[i * input.time]);
+        }
+        rows[lane] = load_vector<V>(values);
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < count; ++i) {
+        store_vector(column + (step + i) * strides.step, rows[i]);
+      }
+    }
+  }
+}
+
 // Steps [begin, begin + steps) of channels [channel, channel + channels) of one row of the batch.
 template <class T>
 inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64_t steps,
@@ -170,6 +228,9 @@ inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64
                       TileStrides strides) {
   const T* source = static_cast<const T*>(input.data) + batch * input.batch + begin * input.time +
                     channel * input.channel;
+  if (llabs(input.time) < llabs(input.channel)) {
+    return load_channels(source, input, steps, channels, tile, strides);
+  }
   for (int64_t step = 0; step < steps; ++step) {
     load_row(source + step * input.time, input.channel, channels, tile + step * strides.step,
              strides.column);

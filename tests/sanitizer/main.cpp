@@ -181,7 +181,7 @@ void run_causal_conv1d(Draw& draw, DType dtype) {
   p.final_state = arguments.template output<A>("final_state", states);
   arguments.run(&kernels::causal_conv1d_forward, p, causal_conv1d_work_items(p));
 
-  const int64_t partials = batch * p.segment_count;
+  const int64_t partials = batch * causal_conv1d_chunks(p);
   p.dy = arguments.activation(batch, length, channels);
   p.dfinal_state = arguments.template input<A>(states);
   p.dx = arguments.template rows_output<T>("dx", batch, length, channels);
