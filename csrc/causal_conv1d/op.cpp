@@ -2,43 +2,20 @@
 //
 // causal_conv1d: the depthwise convolution of the Mamba block (Gu & Dao 2023, arXiv:2312.00752,
 // figure 3), fused with its SiLU.
+#include "op.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "../common/checks.h"
-#include "params.h"
-
 namespace mambablock {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-// A checked call: its parameters, and what keeps their memory alive.
-struct Call {
-  CausalConv1dParams params{};
-  std::vector<Segment> segments;
-  std::vector<OptionalTensor> kept;
-  Tensor transposed_weight;
-  ScalarType accumulator_type;
-  int64_t states;
-
-  const void* keep(const OptionalTensor& tensor) {
-    kept.push_back(contiguous_as(tensor, accumulator_type));
-    return data_of(kept.back());
-  }
-
-  Tensor new_accumulators(const Tensor& like, std::vector<int64_t> shape) const {
-    return torch::stable::new_empty(like, shape, accumulator_type);
-  }
-};
-
-Call checked_call(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                  const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, bool silu,
-                  bool reverse) {
-  const Checks checks(op, "x", x, 3, "(batch, length, d_inner)");
-  Call call;
-  call.accumulator_type = checks.accumulator_type();
+CausalConv1dCall checked_call(const char* op, const Tensor& x, const Tensor& weight,
+                              const OptionalTensor& bias, const OptionalTensor& initial_state,
+                              const OptionalTensor& cu_seqlens, bool silu, bool reverse) {
+  CausalConv1dCall call(Checks(op, "x", x, 3, "(batch, length, d_inner)"));
+  const Checks& checks = call.checks;
   const Size batch{"batch", x.size(0)}, length{"length", x.size(1)}, channels{"d_inner", x.size(2)};
   checks.positive("d_inner", channels.value);
   checks.parameter("weight", weight);
@@ -50,6 +27,8 @@ Call checked_call(const char* op, const Tensor& x, const Tensor& weight, const O
     checks.parameter("bias", *bias);
     checks.shape("bias", *bias, {channels});
   }
+  call.cu_seqlens = cu_seqlens;
+  call.reverse = reverse;
   call.states = state_count(checks, cu_seqlens, batch.value);
   if (initial_state) {
     checks.accumulator("initial_state", *initial_state);
@@ -58,7 +37,6 @@ Call checked_call(const char* op, const Tensor& x, const Tensor& weight, const O
                   {"d_conv - 1", width.value - 1},
                   channels});
   }
-  call.segments = row_segments(checks, cu_seqlens, batch.value, length.value, reverse);
   call.transposed_weight = torch::stable::transpose(weight, 0, 1);
   CausalConv1dParams& p = call.params;
   p.dtype = checks.dtype();
@@ -71,78 +49,59 @@ Call checked_call(const char* op, const Tensor& x, const Tensor& weight, const O
   p.weight = call.keep(call.transposed_weight);
   p.bias = call.keep(bias);
   p.initial_state = call.keep(initial_state);
-  p.segments = call.segments.data();
-  p.segment_count = int64_t(call.segments.size());
   p.sequences = cu_seqlens ? call.states : 1;
+  prepare(call);
   return call;
-}
-
-using Kernel = decltype(&baseline::causal_conv1d_forward);
-
-void run(Kernel kernel, const CausalConv1dParams& p) {
-  torch::stable::parallel_for(0, causal_conv1d_work_items(p), 1,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> causal_conv1d(Tensor x, Tensor weight, OptionalTensor bias,
                                          OptionalTensor initial_state, OptionalTensor cu_seqlens,
                                          bool silu, bool reverse) {
-  Call call =
+  CausalConv1dCall call =
       checked_call("causal_conv1d", x, weight, bias, initial_state, cu_seqlens, silu, reverse);
   CausalConv1dParams& p = call.params;
-  const Tensor y = torch::stable::new_empty(x, {p.batch, p.length, p.channels});
-  const Tensor final_state = call.new_accumulators(x, {call.states, p.width - 1, p.channels});
+  const Tensor y = call.new_activations({p.batch, p.length, p.channels});
+  const Tensor final_state = call.new_accumulators({call.states, p.width - 1, p.channels});
   p.y = strided_output(y, reverse);
   p.final_state = final_state.mutable_data_ptr();
-  run(MAMBABLOCK_SELECT(causal_conv1d_forward), p);
+  run_forward(call);
   return {y, final_state};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
     Tensor dy, Tensor dfinal_state, Tensor x, Tensor weight, OptionalTensor bias,
     OptionalTensor initial_state, OptionalTensor cu_seqlens, bool silu, bool reverse) {
-  const char* op = "causal_conv1d_backward";
-  Call call = checked_call(op, x, weight, bias, initial_state, cu_seqlens, silu, reverse);
+  CausalConv1dCall call = checked_call("causal_conv1d_backward", x, weight, bias, initial_state,
+                                       cu_seqlens, silu, reverse);
   CausalConv1dParams& p = call.params;
-  const Checks checks(op, "x", x, 3, "(batch, length, d_inner)");
+  const Checks& checks = call.checks;
   const Size channels{"d_inner", p.channels};
   checks.activation("dy", dy);
   checks.shape("dy", dy, {{"batch", p.batch}, {"length", p.length}, channels});
   checks.accumulator("dfinal_state", dfinal_state);
   checks.shape("dfinal_state", dfinal_state,
                {{"states", call.states}, {"d_conv - 1", p.width - 1}, channels});
-  const Tensor dx = torch::stable::new_empty(x, {p.batch, p.length, p.channels});
-  const Tensor dinitial_state =
-      initial_state ? call.new_accumulators(x, {call.states, p.width - 1, p.channels})
-                    : call.new_accumulators(x, {0});
-  const int64_t partials = p.batch * causal_conv1d_chunks(p);
-  const Tensor dweight_partial = call.new_accumulators(x, {partials, p.width, p.channels});
-  const Tensor dbias_partial = call.new_accumulators(x, {partials, p.channels});
+  const Tensor dx = call.new_activations({p.batch, p.length, p.channels});
+  const Tensor dinitial_state = initial_state
+                                    ? call.new_accumulators({call.states, p.width - 1, p.channels})
+                                    : call.new_accumulators({0});
+  const Tensor dweight_partial = call.new_accumulators({call.partials, p.width, p.channels});
+  const Tensor dbias_partial = call.new_accumulators({call.partials, p.channels});
   p.dy = strided_input(dy, reverse);
   p.dfinal_state = call.keep(dfinal_state);
   p.dx = strided_output(dx, reverse);
   p.dinitial_state = initial_state ? dinitial_state.mutable_data_ptr() : nullptr;
   p.dweight_partial = dweight_partial.mutable_data_ptr();
   p.dbias_partial = dbias_partial.mutable_data_ptr();
-  run(MAMBABLOCK_SELECT(causal_conv1d_backward), p);
+  run_backward(call);
   const Tensor dweight = torch::stable::contiguous(torch::stable::transpose(
-      sum_partials(dweight_partial, partials, call.transposed_weight), 0, 1));
+      sum_partials(dweight_partial, call.partials, call.transposed_weight), 0, 1));
   const Tensor dbias =
-      bias ? sum_partials(dbias_partial, partials, *bias) : torch::stable::new_empty(x, {0});
+      bias ? sum_partials(dbias_partial, call.partials, *bias) : call.new_activations({0});
   return {dx, dweight, dbias, dinitial_state};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mambablock, library) {
-  library.def(
-      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
-      "Tensor? cu_seqlens, bool silu, bool reverse) -> (Tensor, Tensor)");
-  library.def(
-      "causal_conv1d_backward(Tensor dy, Tensor dfinal_state, Tensor x, Tensor weight, "
-      "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu, bool reverse) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambablock, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(mambablock, MAMBABLOCK_DISPATCH_KEY, library) {
   library.impl("causal_conv1d", TORCH_BOX(&causal_conv1d));
   library.impl("causal_conv1d_backward", TORCH_BOX(&causal_conv1d_backward));
 }

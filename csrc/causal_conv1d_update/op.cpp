@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // causal_conv1d_update: one decoding step of causal_conv1d.
-#include <torch/csrc/stable/library.h>
+#include "op.h"
 
-#include "../common/checks.h"
-#include "params.h"
+#include <torch/csrc/stable/library.h>
 
 namespace mambablock {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 Tensor causal_conv1d_update(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu,
                             OptionalTensor state_indices) {
@@ -31,7 +28,7 @@ Tensor causal_conv1d_update(Tensor state, Tensor x, Tensor weight, OptionalTenso
     fail(checks.op(), "state", "(rows, d_conv - 1, d_inner)", shape_text(state));
   checks.shape("state", state,
                {{"rows", state.size(0)}, {"d_conv - 1", width.value - 1}, channels});
-  const std::vector<int64_t> rows = state_rows(checks, state_indices, x.size(0), state.size(0));
+  check_state_rows(checks, state_indices, x.size(0), state.size(0));
   const Tensor y = torch::stable::new_empty(x, {x.size(0), channels.value});
   const OptionalTensor weight_rows =
       contiguous_as(torch::stable::transpose(weight, 0, 1), checks.accumulator_type());
@@ -41,28 +38,20 @@ Tensor causal_conv1d_update(Tensor state, Tensor x, Tensor weight, OptionalTenso
   p.channels = channels.value;
   p.width = width.value;
   p.silu = silu;
+  p.rows = state.size(0);
   p.state = state.mutable_data_ptr();
   p.state_row = state.stride(0);
   p.state_step = state.stride(1);
   p.state_channel = state.stride(2);
-  p.state_rows = rows.data();
   p.x = strided_step_input(x);
   p.weight = data_of(weight_rows);
   p.bias = data_of(bias_row);
   p.y = {y.mutable_data_ptr(), channels.value, 0};
-  const auto kernel = MAMBABLOCK_SELECT(causal_conv1d_update);
-  torch::stable::parallel_for(0, p.batch * p.channels, 4096,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  run_update(p, checks, state_indices);
   return y;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mambablock, library) {
-  library.def(
-      "causal_conv1d_update(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
-      "Tensor? state_indices) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambablock, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(mambablock, MAMBABLOCK_DISPATCH_KEY, library) {
   library.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update));
 }
 

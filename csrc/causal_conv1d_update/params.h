@@ -18,7 +18,8 @@ struct CausalConv1dUpdateParams {
 
   void* state;  // (rows, W-1, D), strides in elements
   int64_t state_row, state_step, state_channel;
-  const int64_t* state_rows;  // (B), negative is padding
+  const int64_t* state_rows;  // (B), negative is padding; on CUDA null where each row has its own
+  int64_t rows;               // of the state
 
   Strided3 x;
   const void* weight;  // (W, D) contiguous

@@ -12,11 +12,9 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "dtype.h"
 #include "strided.h"
-#include "time_segments.h"
 
 namespace mambablock {
 
@@ -65,6 +63,7 @@ class [[gnu::visibility("hidden")]] Checks {
   ScalarType activation_type() const { return activation_type_; }
   ScalarType accumulator_type() const { return accumulator_type_; }
   const char* op() const { return op_; }
+  const Tensor& input() const { return input_; }
 
  private:
   const char* op_;
@@ -74,32 +73,24 @@ class [[gnu::visibility("hidden")]] Checks {
   ScalarType activation_type_, accumulator_type_;
 };
 
-// The values of an int32 or int64 vector on the CPU.
-std::vector<int64_t> index_values(const Tensor& tensor);
-
-// The values of state_indices, each negative or one row of the `rows` in the state and no other's;
-// without them every row of the batch has its own state row.
-std::vector<int64_t> state_rows(const Checks& checks, const std::optional<Tensor>& state_indices,
-                                int64_t batch, int64_t rows);
-
 // How many states there are: one per row of the batch, or one per packed sequence.
 int64_t state_count(const Checks& checks, const std::optional<Tensor>& cu_seqlens, int64_t batch);
+
+// state_indices, where given, picks one of the state's rows for every row of the batch; else there
+// are as many rows.
+void check_state_rows(const Checks& checks, const std::optional<Tensor>& state_indices,
+                      int64_t batch, int64_t rows);
 
 // An argument of the updates, of shape (batch, channel), is one of a single time step.
 Strided3 strided_step_input(const std::optional<Tensor>& tensor);
 Strided3 strided_input(const std::optional<Tensor>& tensor, bool reverse);
 Strided3Out strided_output(const Tensor& tensor, bool reverse);
 
-// The segments of one row. With `reverse` the row is the flipped one, and `sequence` still counts
-// from the row's true beginning.
-std::vector<Segment> row_segments(const Checks& checks, const std::optional<Tensor>& cu_seqlens,
-                                  int64_t batch, int64_t length, bool reverse);
-
 // A contiguous copy in `type`, or the tensor itself; undefined stays undefined.
 std::optional<Tensor> contiguous_as(const std::optional<Tensor>& tensor, ScalarType type);
 
-// The sum of `count` partial sums, which lie one after the other in `partials`, in that order
-// whatever the number of threads; in the shape and type of `like`.
+// The sum of `count` partial sums, which lie one after the other in `partials`, always in that
+// order; in the shape and type of `like`. Each device has its own.
 Tensor sum_partials(const Tensor& partials, int64_t count, const Tensor& like);
 
 inline const void* data_of(const std::optional<Tensor>& tensor) {

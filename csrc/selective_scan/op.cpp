@@ -1,40 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // selective_scan: Gu & Dao 2023 (arXiv:2312.00752), section 3.2, algorithm 2.
+#include "op.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
-#include "../common/checks.h"
-#include "params.h"
-
 namespace mambablock {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 struct Arguments {
   Tensor u, delta, A, B, C;
   OptionalTensor D, z, delta_bias, initial_state, cu_seqlens;
   bool delta_softplus, reverse;
-};
-
-// A checked call: its parameters, and what keeps their memory alive.
-struct Call {
-  SelectiveScanParams params{};
-  std::vector<Segment> segments;
-  std::vector<OptionalTensor> kept;
-  ScalarType activation_type, accumulator_type;
-  int64_t states;
-
-  const void* keep(const OptionalTensor& tensor) {
-    kept.push_back(contiguous_as(tensor, accumulator_type));
-    return data_of(kept.back());
-  }
-
-  Tensor new_accumulators(const Tensor& like, std::vector<int64_t> shape) const {
-    return torch::stable::new_empty(like, shape, accumulator_type);
-  }
 };
 
 Strided4 strided_group_input(const Tensor& tensor, bool reverse) {
@@ -56,11 +35,9 @@ void check_group_input(const Checks& checks, const char* argument, const Tensor&
   }
 }
 
-Call checked_call(const char* op, const Arguments& a) {
-  const Checks checks(op, "u", a.u, 3, "(batch, length, d_inner)");
-  Call call;
-  call.activation_type = checks.activation_type();
-  call.accumulator_type = checks.accumulator_type();
+SelectiveScanCall checked_call(const char* op, const Arguments& a) {
+  SelectiveScanCall call(Checks(op, "u", a.u, 3, "(batch, length, d_inner)"));
+  const Checks& checks = call.checks;
   const Size batch{"batch", a.u.size(0)}, length{"length", a.u.size(1)},
       channels{"d_inner", a.u.size(2)};
   checks.positive("d_inner", channels.value);
@@ -90,13 +67,14 @@ Call checked_call(const char* op, const Arguments& a) {
     checks.parameter("delta_bias", *a.delta_bias);
     checks.shape("delta_bias", *a.delta_bias, {channels});
   }
+  call.cu_seqlens = a.cu_seqlens;
+  call.reverse = a.reverse;
   call.states = state_count(checks, a.cu_seqlens, batch.value);
   if (a.initial_state) {
     checks.accumulator("initial_state", *a.initial_state);
     checks.shape("initial_state", *a.initial_state,
                  {{a.cu_seqlens ? "sequences" : "batch", call.states}, channels, state});
   }
-  call.segments = row_segments(checks, a.cu_seqlens, batch.value, length.value, a.reverse);
   SelectiveScanParams& p = call.params;
   p.dtype = checks.dtype();
   p.batch = batch.value;
@@ -114,18 +92,9 @@ Call checked_call(const char* op, const Arguments& a) {
   p.D = call.keep(a.D);
   p.delta_bias = call.keep(a.delta_bias);
   p.initial_state = call.keep(a.initial_state);
-  p.segments = call.segments.data();
-  p.segment_count = int64_t(call.segments.size());
   p.sequences = a.cu_seqlens ? call.states : 1;
-  p.tiles = time_tiles(p.length);
+  prepare(call);
   return call;
-}
-
-using Kernel = decltype(&baseline::selective_scan_forward);
-
-void run(Kernel kernel, const SelectiveScanParams& p) {
-  torch::stable::parallel_for(0, selective_scan_work_items(p), 1,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B,
@@ -134,18 +103,19 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan(Tensor u, Tensor delta, Tensor
                                                   OptionalTensor initial_state,
                                                   OptionalTensor cu_seqlens, bool delta_softplus,
                                                   bool reverse, bool save_states) {
-  Call call = checked_call("selective_scan", {u, delta, A, B, C, D, z, delta_bias, initial_state,
-                                              cu_seqlens, delta_softplus, reverse});
+  SelectiveScanCall call = checked_call(
+      "selective_scan",
+      {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse});
   SelectiveScanParams& p = call.params;
-  const Tensor y = torch::stable::new_empty(u, {p.batch, p.length, p.channels});
-  const Tensor final_state = call.new_accumulators(u, {call.states, p.channels, p.d_state});
+  const Tensor y = call.new_activations({p.batch, p.length, p.channels});
+  const Tensor final_state = call.new_accumulators({call.states, p.channels, p.d_state});
   const Tensor saved_states =
-      save_states ? call.new_accumulators(u, {p.batch, p.tiles * p.d_state, p.channels})
-                  : call.new_accumulators(u, {0});
+      save_states ? call.new_accumulators({p.batch, p.tiles * p.d_state, p.channels})
+                  : call.new_accumulators({0});
   p.y = strided_output(y, reverse);
   p.final_state = final_state.mutable_data_ptr();
   p.saved_states = save_states ? saved_states.mutable_data_ptr() : nullptr;
-  run(MAMBABLOCK_SELECT(selective_scan_forward), p);
+  run_forward(call);
   return {y, final_state, saved_states};
 }
 
@@ -158,10 +128,10 @@ Gradients selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tens
                                   OptionalTensor cu_seqlens, Tensor saved_states,
                                   bool delta_softplus, bool reverse) {
   const char* op = "selective_scan_backward";
-  Call call = checked_call(op, {u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens,
-                                delta_softplus, reverse});
+  SelectiveScanCall call = checked_call(op, {u, delta, A, B, C, D, z, delta_bias, initial_state,
+                                             cu_seqlens, delta_softplus, reverse});
   SelectiveScanParams& p = call.params;
-  const Checks checks(op, "u", u, 3, "(batch, length, d_inner)");
+  const Checks& checks = call.checks;
   const Size batch{"batch", p.batch}, channels{"d_inner", p.channels}, state{"d_state", p.d_state};
   checks.activation("dy", dy);
   checks.shape("dy", dy, {batch, {"length", p.length}, channels});
@@ -170,19 +140,21 @@ Gradients selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tens
   checks.accumulator("saved_states", saved_states);
   checks.shape("saved_states", saved_states,
                {batch, {"tiles * d_state", p.tiles * p.d_state}, channels});
-  const Tensor du = torch::stable::new_empty(u, {p.batch, p.length, p.channels});
-  const Tensor ddelta = torch::stable::new_empty(u, {p.batch, p.length, p.channels});
-  const Tensor none = torch::stable::new_empty(u, {0});
-  const Tensor dz = z ? torch::stable::new_empty(u, {p.batch, p.length, p.channels}) : none;
+  const Tensor du = call.new_activations({p.batch, p.length, p.channels});
+  const Tensor ddelta = call.new_activations({p.batch, p.length, p.channels});
+  const Tensor none = call.new_activations({0});
+  const Tensor dz = z ? call.new_activations({p.batch, p.length, p.channels}) : none;
   const Tensor dinitial_state = initial_state
-                                    ? call.new_accumulators(u, {call.states, p.channels, p.d_state})
-                                    : call.new_accumulators(u, {0});
-  const int64_t blocks = selective_scan_blocks_in_group(p), group_states = p.groups * p.d_state;
-  const Tensor dB_partial = call.new_accumulators(u, {blocks * p.batch, p.length, group_states});
-  const Tensor dC_partial = call.new_accumulators(u, {blocks * p.batch, p.length, group_states});
-  const Tensor dA_partial = call.new_accumulators(u, {p.batch, p.channels, p.d_state});
-  const Tensor dD_partial = call.new_accumulators(u, {p.batch, p.channels});
-  const Tensor ddelta_bias_partial = call.new_accumulators(u, {p.batch, p.channels});
+                                    ? call.new_accumulators({call.states, p.channels, p.d_state})
+                                    : call.new_accumulators({0});
+  const int64_t group_states = p.groups * p.d_state, rows = call.channel_partials;
+  const Tensor dB_partial =
+      call.new_accumulators({call.group_partials * p.batch, p.length, group_states});
+  const Tensor dC_partial =
+      call.new_accumulators({call.group_partials * p.batch, p.length, group_states});
+  const Tensor dA_partial = call.new_accumulators({rows, p.channels, p.d_state});
+  const Tensor dD_partial = call.new_accumulators({rows, p.channels});
+  const Tensor ddelta_bias_partial = call.new_accumulators({rows, p.channels});
   p.dy = strided_input(dy, reverse);
   p.dfinal_state = call.keep(dfinal_state);
   p.saved_states = const_cast<void*>(call.keep(saved_states));
@@ -195,30 +167,18 @@ Gradients selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tens
   p.dA_partial = dA_partial.mutable_data_ptr();
   p.dD_partial = dD_partial.mutable_data_ptr();
   p.ddelta_bias_partial = ddelta_bias_partial.mutable_data_ptr();
-  run(MAMBABLOCK_SELECT(selective_scan_backward), p);
+  run_backward(call);
 
-  const Tensor dB = sum_partials(dB_partial, blocks, B);
-  const Tensor dC = sum_partials(dC_partial, blocks, C);
-  const Tensor dA = sum_partials(dA_partial, p.batch, A);
-  const Tensor dD = D ? sum_partials(dD_partial, p.batch, *D) : none;
+  const Tensor dB = sum_partials(dB_partial, call.group_partials, B);
+  const Tensor dC = sum_partials(dC_partial, call.group_partials, C);
+  const Tensor dA = sum_partials(dA_partial, rows, A);
+  const Tensor dD = D ? sum_partials(dD_partial, rows, *D) : none;
   const Tensor ddelta_bias =
-      delta_bias ? sum_partials(ddelta_bias_partial, p.batch, *delta_bias) : none;
+      delta_bias ? sum_partials(ddelta_bias_partial, rows, *delta_bias) : none;
   return {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mambablock, library) {
-  library.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, "
-      "bool reverse, bool save_states) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tensor delta, Tensor A, "
-      "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
-      "Tensor? cu_seqlens, Tensor saved_states, bool delta_softplus, bool reverse) -> (Tensor, "
-      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambablock, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(mambablock, MAMBABLOCK_DISPATCH_KEY, library) {
   library.impl("selective_scan", TORCH_BOX(&selective_scan));
   library.impl("selective_scan_backward", TORCH_BOX(&selective_scan_backward));
 }

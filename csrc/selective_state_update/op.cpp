@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // selective_state_update: one decoding step of selective_scan.
-#include <torch/csrc/stable/library.h>
+#include "op.h"
 
-#include "../common/checks.h"
-#include "params.h"
+#include <torch/csrc/stable/library.h>
 
 namespace mambablock {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 Strided4 strided_group_input(const Tensor& tensor) {
   const bool grouped = tensor.dim() == 3;
@@ -58,7 +55,7 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
   p.state_dtype = checks.state("state", state);
   if (state.dim() != 3) fail(op, "state", "(rows, d_inner, d_state)", shape_text(state));
   checks.shape("state", state, {{"rows", state.size(0)}, channels, d_state});
-  const std::vector<int64_t> rows = state_rows(checks, state_indices, batch.value, state.size(0));
+  check_state_rows(checks, state_indices, batch.value, state.size(0));
   const Tensor y = torch::stable::new_empty(u, {batch.value, channels.value});
   const ScalarType type = checks.accumulator_type();
   const OptionalTensor A_rows = contiguous_as(A, type), D_row = contiguous_as(D, type),
@@ -69,11 +66,11 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
   p.d_state = d_state.value;
   p.groups = groups.value;
   p.delta_softplus = delta_softplus;
+  p.rows = state.size(0);
   p.state = state.mutable_data_ptr();
   p.state_row = state.stride(0);
   p.state_channel = state.stride(1);
   p.state_stride = state.stride(2);
-  p.state_rows = rows.data();
   p.u = strided_step_input(u);
   p.delta = strided_step_input(delta);
   p.z = strided_step_input(z);
@@ -83,20 +80,11 @@ Tensor selective_state_update(Tensor state, Tensor u, Tensor delta, Tensor A, Te
   p.D = data_of(D_row);
   p.delta_bias = data_of(bias_row);
   p.y = {y.mutable_data_ptr(), channels.value, 0};
-  const auto kernel = MAMBABLOCK_SELECT(selective_state_update);
-  torch::stable::parallel_for(0, p.batch * p.channels, 512,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  run_update(p, checks, state_indices);
   return y;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(mambablock, library) {
-  library.def(
-      "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, "
-      "Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, "
-      "Tensor? state_indices) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(mambablock, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(mambablock, MAMBABLOCK_DISPATCH_KEY, library) {
   library.impl("selective_state_update", TORCH_BOX(&selective_state_update));
 }
 

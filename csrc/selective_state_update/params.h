@@ -18,7 +18,8 @@ struct SelectiveStateUpdateParams {
 
   void* state;  // (rows, D, N), strides in elements
   int64_t state_row, state_channel, state_stride;
-  const int64_t* state_rows;  // (B), negative is padding
+  const int64_t* state_rows;  // (B), negative is padding; on CUDA null where each row has its own
+  int64_t rows;               // of the state
 
   Strided3 u, delta, z;
   Strided4 B, C;

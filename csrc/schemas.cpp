@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The operators as PyTorch's dispatcher knows them, whatever the device.
+#include <torch/csrc/stable/library.h>
+
+namespace {
+
+STABLE_TORCH_LIBRARY(mambablock, library) {
+  library.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, bool silu, bool reverse) -> (Tensor, Tensor)");
+  library.def(
+      "causal_conv1d_backward(Tensor dy, Tensor dfinal_state, Tensor x, Tensor weight, "
+      "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu, bool reverse) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "causal_conv1d_update(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
+      "Tensor? state_indices) -> Tensor");
+  library.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, "
+      "bool reverse, bool save_states) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tensor delta, Tensor A, "
+      "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
+      "Tensor? cu_seqlens, Tensor saved_states, bool delta_softplus, bool reverse) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, "
+      "Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, "
+      "Tensor? state_indices) -> Tensor");
+}
+
+}  // namespace
