@@ -3,13 +3,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
 
+import mambablock  # noqa: F401 - the emulated kernels must come after the CPU's
+
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+# The library of the emulated CUDA kernels, which take the place of the CPU's; see make cuda-check.
+EMULATION = os.environ.get("MAMBABLOCK_EMULATION")
+if EMULATION:
+    torch.ops.load_library(EMULATION)
+
+hypothesis.settings.register_profile("native", max_examples=60, deadline=None)
+hypothesis.settings.register_profile("emulation", max_examples=12, deadline=None)
+hypothesis.settings.load_profile("emulation" if EMULATION else "native")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where tensors are made that name no device; for "cuda", the CPU if the kernels are emulated."""
+    cuda = request.param == "cuda"
+    if cuda and (marker := request.node.get_closest_marker("cpu_kernels")):
+        pytest.skip(marker.args[0])
+    if EMULATION and not cuda:
+        pytest.skip("the emulated CUDA kernels have taken the CPU kernels' place")
+    if cuda and not EMULATION:
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        with torch.device("cuda"):
+            yield torch.device("cuda", torch.cuda.current_device())
+    else:
+        yield torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

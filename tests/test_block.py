@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from mambablock import MambaBlock, MambaState, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # Same sums in another order: float64 rounding (1e-16) with room for a few hundred terms and for
 # gradients that pass through dozens of time steps.
 assert_same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
@@ -68,7 +70,8 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tens
     """Gradients of a sum of the outputs with fixed random weights; zeros for an unused input."""
     generator = torch.Generator().manual_seed(1)
     weights = [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs
+        torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o)
+        for o in outputs
     ]
     return torch.autograd.grad(outputs, inputs, weights, materialize_grads=True, retain_graph=True)
 
@@ -184,11 +187,11 @@ def test_default_dtype_is_honoured() -> None:
     assert {p.dtype for p in block.parameters()} == {torch.float64}
 
 
-def test_meta_construction_then_reset() -> None:
+def test_meta_construction_then_reset(device: torch.device) -> None:
     block = MambaBlock(8, device="meta")
     assert all(p.is_meta for p in block.parameters())
     assert block(torch.empty(2, 3, 8, device="meta")).shape == (2, 3, 8)
-    block.to_empty(device="cpu")
+    block.to_empty(device=device)
     block.reset_parameters()
     torch.testing.assert_close(block.A_log, torch.arange(1.0, 17.0).log().expand(16, 16))
     assert block.dt_proj.bias._no_reinit
@@ -424,15 +427,17 @@ def test_steps_give_the_whole(options: dict[str, int], spread_delta: bool) -> No
 
 # Padding
 
-MASK = torch.tensor(
-    [
-        [1, 1, 1, 1, 1, 1, 1],
-        [0, 0, 0, 1, 1, 1, 1],
-        [1, 1, 0, 0, 0, 0, 0],
-        [0, 1, 0, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0],
-    ]
-)
+
+def ragged_mask() -> Tensor:
+    return torch.tensor(
+        [
+            [1, 1, 1, 1, 1, 1, 1],
+            [0, 0, 0, 1, 1, 1, 1],
+            [1, 1, 0, 0, 0, 0, 0],
+            [0, 1, 0, 1, 1, 0, 0],
+            [0, 0, 0, 0, 0, 0, 0],
+        ]
+    )
 
 
 class Adapted(nn.Module):
@@ -458,30 +463,31 @@ def test_padded_rows_are_the_rows_alone(
     block = make_block(bias=True)
     if adapted:
         block.dt_proj = Adapted(block.dt_proj)
-    rows, length = MASK.shape
+    mask = ragged_mask()
+    rows, length = mask.shape
     hidden = torch.randn(rows, length, 6, dtype=torch.float64)
-    hidden[MASK == 0] = torch.nan
+    hidden[mask == 0] = torch.nan
     hidden.requires_grad_()
     state = random_state(block, rows) if with_state else None
-    y, last = block(hidden, state, attention_mask=MASK.to(mask_type), return_state=True)
-    assert not y[MASK == 0].any()
+    y, last = block(hidden, state, attention_mask=mask.to(mask_type), return_state=True)
+    assert not y[mask == 0].any()
     assert torch.equal(
-        y, block(hidden, state, attention_mask=MASK.to(mask_type), return_state=False)
+        y, block(hidden, state, attention_mask=mask.to(mask_type), return_state=False)
     )
 
     alone: list[list[Tensor]] = []
     for row in range(rows):
         row_state = None if state is None else MambaState(*(s[row : row + 1] for s in state))
-        y_row, last_row = block(hidden[row, MASK[row] == 1][None], row_state, return_state=True)
+        y_row, last_row = block(hidden[row, mask[row] == 1][None], row_state, return_state=True)
         alone.append([y_row[0], *last_row])
     expected = [torch.cat(column) for column in zip(*alone, strict=True)]
-    actual = [y[MASK == 1], *last]
+    actual = [y[mask == 1], *last]
     assert_same(actual, expected)
     inputs = trained(block, hidden, *(state or ()))
     actual_gradients = gradients(actual, inputs)
     assert_same(actual_gradients, gradients(expected, inputs))
     hidden_gradient = actual_gradients[len(list(block.parameters()))]
-    assert not hidden_gradient[MASK == 0].any()
+    assert not hidden_gradient[mask == 0].any()
 
 
 def test_state_passes_padding_unchanged() -> None:
@@ -622,13 +628,13 @@ def test_float32_delta_bias_survives_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_autocast(padded: bool) -> None:
+def test_autocast(device: torch.device, padded: bool) -> None:
     block = make_block(d_model=32, d_state=16, dtype=torch.float32)
     hidden = torch.randn(2, 17, 32, requires_grad=True)
     mask = torch.ones(2, 17, dtype=torch.bool)
     if padded:
         mask[1, :4] = False
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         y, state = block(hidden, attention_mask=mask if padded else None, return_state=True)
         step_state = block.allocate_state(2)
         steps = torch.stack([block.step(hidden[:, t], step_state) for t in range(17)], dim=1)
@@ -743,8 +749,9 @@ def test_compile(adapted: bool) -> None:
     hidden = torch.randn(5, 7, 6, dtype=torch.float64, requires_grad=True)
     state = random_state(block, 5)
     inputs = trained(block, hidden, *state)
-    y, last = compiled(hidden, state, attention_mask=MASK, return_state=True)
-    expected_y, expected_last = block(hidden, state, attention_mask=MASK, return_state=True)
+    mask = ragged_mask()
+    y, last = compiled(hidden, state, attention_mask=mask, return_state=True)
+    expected_y, expected_last = block(hidden, state, attention_mask=mask, return_state=True)
     actual, expected = [y, *last], [expected_y, *expected_last]
     assert_same(actual, expected)
     assert_same(gradients(actual, inputs), gradients(expected, inputs))
@@ -784,8 +791,8 @@ def test_export() -> None:
         {"attention_mask": torch.ones(2, 7, dtype=torch.bool)},
         dynamic_shapes={"hidden_states": shape, "attention_mask": shape},
     )
-    hidden = torch.randn(*MASK.shape, 6, dtype=torch.float64)[:, 1:]
-    mask = MASK[:, 1:] == 1
+    mask = ragged_mask()[:, 1:] == 1
+    hidden = torch.randn(*mask.shape, 6, dtype=torch.float64)
     assert_same(program.module()(hidden, attention_mask=mask), block(hidden, attention_mask=mask))
 
 

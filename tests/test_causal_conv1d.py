@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from conftest import (
     gradients,
 )
 from mambablock import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 OPTIONS: dict[str, Any] = {"silu": True, "return_final_state": True}
 
@@ -131,7 +133,6 @@ def test_low_precision(dtype: torch.dtype, parameters: str) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_strides_shapes_and_options(data: st.DataObject) -> None:
     tensors = make_inputs(
@@ -233,6 +234,7 @@ def test_compiles_fullgraph() -> None:
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.cpu_kernels("the threads of the host run no part of a CUDA kernel")
 def test_threads_give_the_same_bits() -> None:
     tensors = make_inputs(2, 200, 300, dtype=torch.float32)
     before, results = torch.get_num_threads(), []
@@ -255,7 +257,7 @@ BAD_CALLS: list[tuple[str, Any, str]] = [
     ("weight", lambda t: t[:4], r"weight must be \(d_inner=5, d_conv=4\); got \(4, 4\)"),
     ("weight", lambda t: t[:, :0], "d_conv must be at least 1; got 0"),
     ("weight", lambda t: t.float(), "weight must be float64; got float32"),
-    ("weight", lambda t: t.to("meta"), "weight must be on cpu as x; got meta"),
+    ("weight", lambda t: t.to("meta"), "weight must be on (cpu|cuda:0) as x; got meta"),
     ("bias", lambda t: t[:1], r"bias must be \(d_inner=5\); got \(1,\)"),
     ("bias", lambda t: t.half(), "bias must be float64; got float16"),
     ("initial_state", lambda t: t[:, 1:], r"initial_state must be \(batch=2, d_conv - 1=3, d_i"),
@@ -273,8 +275,9 @@ def test_bad_calls(name: str, change: Any, message: str) -> None:
         mambablock.causal_conv1d(**tensors)
 
 
+@pytest.mark.cpu_kernels("on CUDA no value of cu_seqlens is read on the host")
 @pytest.mark.parametrize("values", [[1, 9], [0, 5], [0, 7, 5, 9], [0, 99, 9], [0, -4, 9]])
-def test_bad_cu_seqlens(values: list[int]) -> None:
+def test_bad_values_of_cu_seqlens(values: list[int]) -> None:
     tensors = make_inputs(1) | {"initial_state": None}
     with pytest.raises(RuntimeError, match="causal_conv1d: cu_seqlens must be rising from 0 to le"):
         mambablock.causal_conv1d(**tensors, cu_seqlens=torch.tensor(values))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from conftest import (
     gradients,
 )
 from mambablock import reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 OPTIONS: dict[str, Any] = {"delta_softplus": True, "return_final_state": True}
 
@@ -186,7 +188,6 @@ def test_low_precision(dtype: torch.dtype, parameters: str) -> None:
     )
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_strides_shapes_and_options(data: st.DataObject) -> None:
     batch, length = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 70))
@@ -361,8 +362,8 @@ def test_compiles_fullgraph() -> None:
         assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_threads_give_the_same_bits(backward: bool) -> None:
+@pytest.mark.cpu_kernels("the threads of the host run no part of a CUDA kernel")
+def test_threads_give_the_same_bits() -> None:
     tensors = make_inputs(2, 130, 200, 4, dtype=torch.float32)
     before, results = torch.get_num_threads(), []
     try:
@@ -426,9 +427,9 @@ def test_past_2_31_elements() -> None:
     assert torch.equal(state, final)
 
 
-def test_autocast_casts_activations_alone() -> None:
+def test_autocast_casts_activations_alone(device: torch.device) -> None:
     tensors = make_inputs(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y, state = mambablock.selective_scan(**tensors, return_final_state=True)
     assert y.dtype == torch.bfloat16
     assert state.dtype == torch.float32
@@ -444,7 +445,7 @@ BAD_CALLS: list[tuple[str, Any, str]] = [
         r"delta must be \(batch=2, length=9, d_inner=4\); got \(2, 8, 4\)",
     ),
     ("delta", lambda t: t.float(), "delta must be float64 as u; got float32"),
-    ("delta", lambda t: t.to("meta"), "delta must be on cpu as u"),
+    ("delta", lambda t: t.to("meta"), "delta must be on (cpu|cuda:0) as u"),
     ("A", lambda t: t[:3], r"A must be \(d_inner=4, d_state=3\); got \(3, 3\)"),
     ("A", lambda t: t[0], r"A must be \(d_inner, d_state\); got \(3,\)"),
     ("A", lambda t: t[:, :0], "d_state must be at least 1; got 0"),
@@ -485,6 +486,18 @@ def test_bad_calls(name: str, change: Any, message: str) -> None:
         ([0, 7, 5, 9], "cu_seqlens must be rising from 0 to length=9; got 5 at position 2"),
         ([0, 99, 9], "cu_seqlens must be rising from 0 to length=9; got 9 at position 2"),
         ([0, -4, 9], "cu_seqlens must be rising from 0 to length=9; got -4 at position 1"),
+    ],
+)
+@pytest.mark.cpu_kernels("on CUDA no value of cu_seqlens is read on the host")
+def test_bad_values_of_cu_seqlens(values: list[int], message: str) -> None:
+    tensors = make_inputs(1, optional=False)
+    with pytest.raises(RuntimeError, match="selective_scan: " + message):
+        mambablock.selective_scan(**tensors, cu_seqlens=torch.tensor(values))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
         ([0.0, 9.0], "cu_seqlens must be int32 or int64; got float32"),
         ([[0, 9]], r"cu_seqlens must be one-dimensional; got \(1, 2\)"),
         ([], "cu_seqlens must be int32 or int64; got float32"),
