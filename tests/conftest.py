@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("emulation" if EMULATION else "native")
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where tensors are made that name no device; for "cuda", the CPU if the kernels are emulated."""
+    """Where tensors are made that name no device; with emulated kernels, for "cuda" too the CPU."""
     cuda = request.param == "cuda"
     if cuda and (marker := request.node.get_closest_marker("cpu_kernels")):
         pytest.skip(marker.args[0])

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <stdlib.h>
 
+#include <fstream>
+#include <iomanip>
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -105,6 +109,34 @@ cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_t& config) {
     return result(cudaErrorInvalidValue);
   }
   return cudaSuccess;
+}
+
+bool record_launch(const void* kernel, const cudaLaunchConfig_t& config,
+                   std::initializer_list<Parameter> parameters) {
+  const char* path = getenv("MAMBABLOCK_EMULATION_RECORD");
+  if (path == nullptr) return false;
+  std::vector<unsigned char> bytes;
+  for (const Parameter& parameter : parameters) {
+    while (bytes.size() % parameter.alignment != 0) bytes.push_back(0);
+    const auto* data = static_cast<const unsigned char*>(parameter.data);
+    bytes.insert(bytes.end(), data, data + parameter.size);
+  }
+  Dl_info library{};
+  dladdr(kernel, &library);
+  std::ofstream file(path, std::ios::app);
+  const auto sizes = [&](const char* name, dim3 size) {
+    file << "\"" << name << "\": [" << size.x << ", " << size.y << ", " << size.z << "], ";
+  };
+  // The kernel is told by where in its library it is, as the library's symbols have it.
+  file << "{\"kernel\": "
+       << static_cast<const char*>(kernel) - static_cast<const char*>(library.dli_fbase) << ", ";
+  sizes("grid", config.gridDim);
+  sizes("block", config.blockDim);
+  file << "\"shared\": " << config.dynamicSmemBytes << ", \"parameters\": \"" << std::hex
+       << std::setfill('0');
+  for (const unsigned char byte : bytes) file << std::setw(2) << int(byte);
+  file << "\"}\n";
+  return true;
 }
 
 }  // namespace mambablock_emulation

@@ -7,6 +7,9 @@
 #include <math.h>
 #include <string.h>
 
+#include <initializer_list>
+#include <tuple>
+
 #include "emulation/intrinsics.h"
 
 #define __global__
@@ -83,6 +86,15 @@ cudaError_t set_attribute(const void* kernel, cudaFuncAttribute attribute, int v
 // What a launch of this kernel would be refused for; the last error too.
 cudaError_t check_launch(const void* kernel, const cudaLaunchConfig_t& config);
 
+struct Parameter {
+  const void* data;
+  size_t size, alignment;
+};
+
+// Where MAMBABLOCK_EMULATION_RECORD names a file: adds the launch to it as a line of JSON.
+bool record_launch(const void* kernel, const cudaLaunchConfig_t& config,
+                   std::initializer_list<Parameter> parameters);
+
 }  // namespace mambablock_emulation
 
 template <class Kernel>
@@ -97,7 +109,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const cudaError_t error =
       mambablock_emulation::check_launch(reinterpret_cast<const void*>(kernel), *config);
   if (error != cudaSuccess) return error;
-  auto thread = [&] { kernel(Parameters(arguments)...); };
+  const std::tuple<Parameters...> parameters(arguments...);
+  const bool recorded = std::apply(
+      [&](const auto&... values) {
+        return mambablock_emulation::record_launch(
+            reinterpret_cast<const void*>(kernel), *config,
+            {mambablock_emulation::Parameter{&values, sizeof(values),
+                                             alignof(decltype(values))}...});
+      },
+      parameters);
+  if (recorded) return cudaSuccess;
+  auto thread = [&] { std::apply(kernel, parameters); };
   mambablock_emulation::run_grid(
       config->gridDim, config->blockDim, config->dynamicSmemBytes,
       [](void* context) { (*static_cast<decltype(thread)*>(context))(); }, &thread);

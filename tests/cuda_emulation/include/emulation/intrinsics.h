@@ -68,6 +68,16 @@ inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }

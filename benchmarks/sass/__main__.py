@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m benchmarks.sass --help`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer import Option
+
+from .account import Account, Device, accounts
+from .launches import Problem, record
+from .listing import Kernel, MissingToolError, read_kernels
+from .thread import PARAMETERS, UnknownWayError
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "python/mambablock/libmambablock_cuda.so"
+EMULATION = ROOT / "build/emulation/tests/cuda_emulation/libmambablock_emulation.so"
+
+
+def main(
+    library: Annotated[Path, Option(help="The library with the kernels.")] = LIBRARY,
+    emulation: Annotated[Path, Option(help="The one of the emulated kernels.")] = EMULATION,
+    only: Annotated[str, Option(help="Only kernels with this in their names.")] = "",
+    opcodes: Annotated[int, Option(help="How many of the most issued opcodes to name.")] = 0,
+) -> None:
+    """Tell what each CUDA kernel uses, and what the scan issues per state-step, without a GPU."""
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    for path in (library, emulation):
+        if not path.exists():
+            print(f"mambablock: found no {path}; make cuda-check builds it", file=sys.stderr)
+            raise typer.Exit(1)
+    try:
+        kernels = [kernel for kernel in read_kernels(library) if only in kernel.name]
+        console.print(usage_table(kernels))
+        problem, device = Problem(), Device()
+        launches = record(emulation, problem, device.multiprocessors)
+        table = account_table(problem, device)
+        for operator in launches:
+            for architecture in sorted({kernel.architecture for kernel in kernels}):
+                if architecture in PARAMETERS:
+                    found = accounts(kernels, launches[operator], architecture, problem)
+                    add_accounts(table, operator, found, problem, device)
+                    for account in found if opcodes else ():
+                        console.print(opcode_line(account, opcodes))
+        console.print(table)
+    except (MissingToolError, UnknownWayError) as error:
+        print(f"mambablock: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def usage_table(kernels: list[Kernel]) -> Table:
+    table = Table(title="What the kernels use")
+    table.add_column("kernel")
+    for name in ("sm", "registers", "static shared", "stack", "spills", "instructions"):
+        table.add_column(name, justify="right")
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.name, kernel.architecture)):
+        numbers = (
+            kernel.architecture,
+            kernel.registers,
+            kernel.static_shared,
+            kernel.stack,
+            kernel.spills,
+            len(kernel.code),
+        )
+        table.add_row(kernel.name, *map(str, numbers))
+    return table
+
+
+def account_table(problem: Problem, device: Device) -> Table:
+    table = Table(
+        title=f"What the scan issues at batch {problem.batch}, length {problem.length}, "
+        f"{problem.channels} channels, {problem.states} states in bfloat16",
+        caption=f"Per state-step. The least time is what the larger of issue slots and exp unit "
+        f"allow on {device.name}.",
+    )
+    for name in ("operator", "kernel"):
+        table.add_column(name)
+    for name in ("sm", "blocks", "threads", "shared", "issued", "MUFU", "least ms"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def add_accounts(
+    table: Table, operator: str, found: list[Account], problem: Problem, device: Device
+) -> None:
+    for account in found:
+        launch, kernel = account.launch, account.kernel
+        table.add_row(
+            *(operator, kernel.name, str(kernel.architecture)),
+            *map(str, (launch.blocks, launch.threads, launch.dynamic_shared)),
+            *(f"{account.issued:.2f}", f"{account.exps:.2f}"),
+            f"{account.milliseconds(problem, device):.3f}",
+        )
+    total = [sum(numbers) for numbers in zip(*((a.issued, a.exps) for a in found), strict=True)]
+    least = sum(account.milliseconds(problem, device) for account in found)
+    table.add_row(operator, "all", "", "", "", "", *(f"{n:.2f}" for n in total), f"{least:.3f}")
+    table.add_section()
+
+
+def opcode_line(account: Account, count: int) -> str:
+    share = account.issued / account.opcodes.total()
+    names = (f"{name} {n * share:.2f}" for name, n in account.opcodes.most_common(count))
+    return f"{account.kernel.name}, sm_{account.kernel.architecture}: {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each operator issues per state-step, and the time that this allows at the least."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from .launches import Launch, Problem
+from .listing import Kernel
+from .thread import Thread
+
+
+@dataclass
+class Device:
+    name: str = "132 SMs at 1.98 GHz"
+    multiprocessors: int = 132
+    clock: float = 1.98e9
+    schedulers: int = 4  # in a multiprocessor, each issuing an instruction of a warp per clock
+    exp_lanes: int = 16  # of a multiprocessor, per clock
+
+
+@dataclass
+class Account:
+    kernel: Kernel
+    launch: Launch
+    issued: float  # per state-step, as are the others
+    exps: float  # MUFU of all kinds: exponentials, reciprocals, logarithms
+    opcodes: Counter[str]
+
+    def milliseconds(self, problem: Problem, device: Device) -> float:
+        issue = self.issued / 32 / device.schedulers
+        exp = self.exps / device.exp_lanes
+        clocks = max(issue, exp) * problem.state_steps / device.multiprocessors
+        return 1e3 * clocks / device.clock
+
+
+def account_for(kernel: Kernel, launch: Launch, problem: Problem) -> Account:
+    """Counts by the busier of the first and the last thread of the middle block."""
+    ranks = {0, launch.threads - 1}
+    counts = [Thread(kernel, launch, launch.blocks // 2, rank).run() for rank in sorted(ranks)]
+    opcodes = max(counts, key=Counter.total)
+    share = launch.blocks * launch.threads / problem.state_steps
+    exps = sum(count for opcode, count in opcodes.items() if opcode.startswith("MUFU"))
+    return Account(kernel, launch, opcodes.total() * share, exps * share, opcodes)
+
+
+def accounts(
+    kernels: list[Kernel], launches: list[Launch], architecture: int, problem: Problem
+) -> list[Account]:
+    """Of all that an operator launches, in that order."""
+    by_name = {kernel.name: kernel for kernel in kernels if kernel.architecture == architecture}
+    return [account_for(by_name[launch.kernel], launch, problem) for launch in launches]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the operators launch for a problem, recorded by the emulation of CUDA without running it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from .listing import MissingToolError, demangle, short_name
+
+# A process of its own: the emulated operators take the place of the CPU's.
+_PROGRAM = """
+import os
+import sys
+import torch
+import mambablock
+
+torch.ops.load_library(sys.argv[1])
+batch, length, channels, states = map(int, sys.argv[2:6])
+make = lambda *shape: torch.empty(shape, dtype=torch.bfloat16)
+u, delta, z, dy = (make(batch, length, channels) for _ in range(4))
+B, C = (make(batch, length, states) for _ in range(2))
+A = torch.empty(channels, states)
+D, bias = torch.empty(channels), torch.empty(channels)
+ops = torch.ops.mambablock
+
+def mark(name):
+    with open(os.environ["MAMBABLOCK_EMULATION_RECORD"], "a") as file:
+        print(name, file=file)
+
+arguments = (u, delta, A, B, C, D, z, bias, None, None)
+with torch.no_grad():
+    mark("forward")
+    y, state, saved = ops.selective_scan(*arguments, True, False, True)
+    mark("backward")
+    ops.selective_scan_backward(dy, torch.empty_like(state), *arguments, saved, True, False)
+"""
+
+
+@dataclass
+class Problem:
+    batch: int = 8
+    length: int = 2048
+    channels: int = 2048
+    states: int = 16
+
+    @property
+    def state_steps(self) -> int:
+        return self.batch * self.length * self.channels * self.states
+
+
+@dataclass
+class Launch:
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    dynamic_shared: int
+    parameters: bytes
+
+    @property
+    def blocks(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def threads(self) -> int:
+        return self.block[0] * self.block[1] * self.block[2]
+
+
+def record(emulation: Path, problem: Problem, multiprocessors: int) -> dict[str, list[Launch]]:
+    """The launches of the scan's forward, which saves states, and of its backward, by operator."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "launches"
+        sizes = (problem.batch, problem.length, problem.channels, problem.states)
+        subprocess.run(
+            [sys.executable, "-c", _PROGRAM, str(emulation), *map(str, sizes)],
+            check=True,
+            stderr=subprocess.DEVNULL,
+            env=os.environ
+            | {
+                "MAMBABLOCK_EMULATION_RECORD": str(target),
+                "MAMBABLOCK_EMULATION_MULTIPROCESSORS": str(multiprocessors),
+                "MAMBABLOCK_EMULATION_SHARED_MEMORY": str(227 << 10),
+            },
+        )
+        lines = target.read_text().splitlines()
+    names = _function_names(emulation)
+    found: dict[str, list[Launch]] = {}
+    for line in lines:
+        if not line.startswith("{"):
+            launches = found.setdefault(line, [])
+            continue
+        launch = json.loads(line)
+        launches.append(
+            Launch(
+                names[launch["kernel"]],
+                tuple(launch["grid"]),
+                tuple(launch["block"]),
+                launch["shared"],
+                bytes.fromhex(launch["parameters"]),
+            )
+        )
+    return found
+
+
+def _function_names(library: Path) -> dict[int, str]:
+    result = subprocess.run(["nm", str(library)], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise MissingToolError(f"nm failed: {result.stderr.strip()}")
+    symbols = [line.split() for line in result.stdout.splitlines()]
+    functions = [(int(s[0], 16), s[2]) for s in symbols if len(s) == 3 and s[1] in "tTwW"]
+    demangled = demangle([name for _, name in functions])
+    return {
+        address: short_name(name) for (address, _), name in zip(functions, demangled, strict=True)
+    }

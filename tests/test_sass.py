@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine code of the CUDA kernels may need, which shows without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.sass.__main__ import EMULATION, LIBRARY
+from benchmarks.sass.account import Device, accounts
+from benchmarks.sass.launches import Problem, record
+from benchmarks.sass.listing import Kernel, MissingToolError, find_tools, read_kernels
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    if not LIBRARY.exists():
+        pytest.skip("needs the CUDA library, which is built where there is nvcc")
+    try:
+        find_tools()
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    return read_kernels(LIBRARY)
+
+
+def test_no_kernel_spills(kernels: list[Kernel]) -> None:
+    assert [f"{k.name} on sm_{k.architecture}" for k in kernels if k.spills or k.stack] == []
+
+
+def test_kernels_are_few(kernels: list[Kernel]) -> None:
+    names = {kernel.name for kernel in kernels}
+    architectures = {kernel.architecture for kernel in kernels}
+    assert len(names) <= 64
+    assert len(kernels) == len(names) * len(architectures)
+
+
+@pytest.mark.parametrize(
+    ("operator", "issued", "exps"), [("forward", 7.0, 1.1), ("backward", 20.0, 2.2)]
+)
+def test_budgets(kernels: list[Kernel], operator: str, issued: float, exps: float) -> None:
+    """Per state-step of the scan in bfloat16 on sm_90, over all kernels that it launches."""
+    if not EMULATION.exists():
+        pytest.skip("needs the emulated kernels, which make cuda-check builds")
+    if 90 not in {kernel.architecture for kernel in kernels}:
+        pytest.skip("needs kernels for sm_90; TORCH_CUDA_ARCH_LIST left it out")
+    problem = Problem()
+    launches = record(EMULATION, problem, Device().multiprocessors)
+    found = accounts(kernels, launches[operator], 90, problem)
+    assert sum(account.issued for account in found) <= issued
+    assert sum(account.exps for account in found) <= exps
