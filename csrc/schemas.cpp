@@ -25,6 +25,8 @@ STABLE_TORCH_LIBRARY(mambablock, library) {
       "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
       "Tensor? cu_seqlens, Tensor saved_states, bool delta_softplus, bool reverse) -> (Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Only on CUDA: in how many chunks of time, side by side, a call is worked on.
+  library.def("selective_scan_chunks(Tensor u, int groups) -> int");
   library.def(
       "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, "
       "Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, "

@@ -22,9 +22,15 @@ struct CausalConv1dParams {
   const void* bias;           // (D)
   const void* initial_state;  // (B|S, W-1, D) contiguous
 
-  const Segment* segments;  // of one row
-  int64_t segment_count;
   int64_t sequences;  // in one row
+
+  // On the CPU, the segments of one row.
+  const Segment* segments;
+  int64_t segment_count;
+
+  // On CUDA, the boundaries of a row's sequences: (S+1), null without packed sequences.
+  const int64_t* boundaries;
+  bool reverse;
 
   // Forward only.
   Strided3Out y;
@@ -35,7 +41,7 @@ struct CausalConv1dParams {
   const void* dfinal_state;
   Strided3Out dx;
   void* dinitial_state;
-  // One partial sum per chunk of segments, added up by the op in a fixed order.
+  // One partial sum per chunk of segments (on CUDA of steps), added up by the op in a fixed order.
   void* dweight_partial;  // (B * chunks, W, D)
   void* dbias_partial;    // (B * chunks, D)
 };

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every formula of the project, once. `V` is float, double, or a SIMD vector of either.
-// Bounds are in units in the last place (ULP) of float32 and are held by tests/test_math.py;
-// float64 is the C library's.
+// Every formula of the project, once, for the CPU and for CUDA. `V` is float, double, or a SIMD
+// vector of either. Bounds are in units in the last place (ULP) of float32 and are held by
+// tests/test_math.py; float64 is the C library's. CUDA takes exp2 and the reciprocal from its
+// special function unit, whose results below 2^-126 are 0; there exp's bound is 2 + |x| ULP.
 #pragma once
 
 #if defined(__AVX__)
@@ -10,11 +11,27 @@
 #endif
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
-#include <limits>
 #include <type_traits>
+#include <utility>
+
+#if defined(__CUDACC__)
+#define MAMBABLOCK_INLINE __host__ __device__ __forceinline__
+#else
+#define MAMBABLOCK_INLINE [[gnu::always_inline]] inline
+#endif
 
 namespace mambablock {
+
+// As std::bit_cast, which nvcc's device code lacks and vectors do not satisfy.
+template <class To, class From>
+MAMBABLOCK_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
 
 template <class V, class = void>
 struct VectorTraits {
@@ -39,7 +56,7 @@ inline constexpr bool is_float64 = std::is_same_v<ScalarOf<V>, double>;
 
 // Calls a scalar function on every lane; only float64 takes this way.
 template <class V, class F>
-[[gnu::always_inline]] inline V map_lanes(V x, F function) {
+MAMBABLOCK_INLINE V map_lanes(V x, F function) {
   if constexpr (VectorTraits<V>::lanes == 1) {
     return function(x);
   } else {
@@ -51,7 +68,7 @@ template <class V, class F>
 // The larger and the smaller of two; a NaN in x stays. Compilers do not make the one instruction of
 // the comparison themselves.
 template <class V>
-[[gnu::always_inline]] inline V max_keep_nan(V bound, V x) {
+MAMBABLOCK_INLINE V max_keep_nan(V bound, V x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && !is_float64<V>)
     return V(_mm512_max_ps(__m512(bound), __m512(x)));
@@ -64,7 +81,7 @@ template <class V>
 }
 
 template <class V>
-[[gnu::always_inline]] inline V min_keep_nan(V bound, V x) {
+MAMBABLOCK_INLINE V min_keep_nan(V bound, V x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64 && !is_float64<V>)
     return V(_mm512_min_ps(__m512(bound), __m512(x)));
@@ -83,7 +100,7 @@ inline constexpr float kRoundingShift = 12582912.0f;
 
 // 2^f for f in [-0.5, 0.5]: minimax polynomial of relative error 2^-28.9, exactly 1 at 0.
 template <class V>
-[[gnu::always_inline]] inline V exp2_fraction(V f) {
+MAMBABLOCK_INLINE V exp2_fraction(V f) {
   V p = f * 1.535336224e-04f + 1.339887474e-03f;
   p = p * f + 9.618437359e-03f;
   p = p * f + 5.550332470e-02f;
@@ -94,18 +111,23 @@ template <class V>
 
 // p * 2^k, where `shifted` is k + kRoundingShift, by adding k to the exponent's bits.
 template <class V>
-[[gnu::always_inline]] inline V scale_by_exponent(V p, V shifted) {
+MAMBABLOCK_INLINE V scale_by_exponent(V p, V shifted) {
   using Int = typename VectorTraits<V>::Int;
-  const Int k = __builtin_bit_cast(Int, shifted) << 23;
-  return __builtin_bit_cast(V, __builtin_bit_cast(Int, p) + k);
+  const Int k = bit_cast<Int>(shifted) << 23;
+  return bit_cast<V>(bit_cast<Int>(p) + k);
 }
 
 // 2^x. At most 2 ULP for x in [-126, 128), infinity above; below, a value in [0, 2^-126].
 template <class V>
-[[gnu::always_inline]] inline V exp2(V x) {
+MAMBABLOCK_INLINE V exp2(V x) {
   if constexpr (is_float64<V>) {
     return map_lanes(x, [](double lane) { return ::exp2(lane); });
   } else {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
 #if defined(__AVX512F__)
     if constexpr (sizeof(V) == 64) {
       constexpr int to_integer = 0 | 8;  // the nearest one; no exceptions
@@ -123,17 +145,20 @@ template <class V>
 
 // e^x. At most 2 ULP where the result is a normal number; 0 below that, infinity above.
 template <class V>
-[[gnu::always_inline]] inline V exp(V x) {
+MAMBABLOCK_INLINE V exp(V x) {
   if constexpr (is_float64<V>) {
     return map_lanes(x, [](double lane) { return ::exp(lane); });
   } else {
+#if defined(__CUDA_ARCH__)
+    return exp2(x * kLog2E);
+#endif
     // The high part of ln 2 has 15 trailing zero bits, so its product with k is exact.
     constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
     const V shifted = x * kLog2E + kRoundingShift;
     const V k = shifted - kRoundingShift;
     const V remainder = (x - k * ln2_high) - k * ln2_low;
     const V result = scale_by_exponent(exp2_fraction(V(remainder * kLog2E)), shifted);
-    const V zero = V{}, infinity = V{} + std::numeric_limits<float>::infinity();
+    const V zero = V{}, infinity = V{} + HUGE_VALF;
     const V bounded = x < -87.3365402f ? zero : result;
     return x > 88.7228394f ? infinity : bounded;
   }
@@ -142,7 +167,7 @@ template <class V>
 // log(1 + x) for x in [0, 1]: x times a minimax polynomial of relative error 2^-27.7. At most 2
 // ULP.
 template <class V>
-[[gnu::always_inline]] inline V log1p_unit(V x) {
+MAMBABLOCK_INLINE V log1p_unit(V x) {
   if constexpr (is_float64<V>) {
     return map_lanes(x, [](double lane) { return ::log1p(lane); });
   } else {
@@ -159,22 +184,35 @@ template <class V>
   }
 }
 
+// x / y for y of at least 1.
+template <class V>
+MAMBABLOCK_INLINE V divide(V x, V y) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (!is_float64<V>) {
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(y));
+    return x * reciprocal;
+  }
+#endif
+  return x / y;
+}
+
 // 1 / (1 + e^-x). At most 4 ULP where the result is a normal number.
 template <class V>
-[[gnu::always_inline]] inline V sigmoid(V x) {
+MAMBABLOCK_INLINE V sigmoid(V x) {
   const V one = V{} + ScalarOf<V>(1);
-  return one / (one + exp(V(-x)));
+  return divide(one, V(one + exp(V(-x))));
 }
 
 // x sigmoid(x). At most 4 ULP where e^-x is finite, 0 below.
 template <class V>
-[[gnu::always_inline]] inline V silu(V x) {
-  return x / (exp(V(-x)) + ScalarOf<V>(1));
+MAMBABLOCK_INLINE V silu(V x) {
+  return divide(x, V(exp(V(-x)) + ScalarOf<V>(1)));
 }
 
 // The derivative of silu at x, given sigmoid(x).
 template <class V>
-[[gnu::always_inline]] inline V silu_derivative(V x, V sigmoid_x) {
+MAMBABLOCK_INLINE V silu_derivative(V x, V sigmoid_x) {
   return sigmoid_x * (x * (ScalarOf<V>(1) - sigmoid_x) + ScalarOf<V>(1));
 }
 
@@ -186,16 +224,16 @@ struct Softplus {
 // log(1 + e^x), and x itself above 20 as torch.nn.functional.softplus, with the derivative, which
 // is sigmoid(x) and 1. Both at most 4 ULP where e^x is a normal number.
 template <class V>
-[[gnu::always_inline]] inline Softplus<V> softplus_with_derivative(V x) {
+MAMBABLOCK_INLINE Softplus<V> softplus_with_derivative(V x) {
   const V zero = V{}, one = V{} + ScalarOf<V>(1);
   const V e = exp(V(x < ScalarOf<V>(0) ? x : V(-x)));
   const V value = max_keep_nan(zero, x) + log1p_unit(e);
-  const V derivative = (x < ScalarOf<V>(0) ? e : one) / (e + one);
+  const V derivative = divide(V(x < ScalarOf<V>(0) ? e : one), V(e + one));
   return {x > ScalarOf<V>(20) ? x : value, x > ScalarOf<V>(20) ? one : derivative};
 }
 
 template <class V>
-[[gnu::always_inline]] inline V softplus(V x) {
+MAMBABLOCK_INLINE V softplus(V x) {
   return softplus_with_derivative(x).value;
 }
 

@@ -10,13 +10,9 @@
 
 #include <utility>
 
-#include "dtype.h"
+#include "convert.h"
 #include "math.h"
 #include "strided.h"
-
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
 namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
@@ -48,56 +44,6 @@ template <class V>
 template <class V>
 [[gnu::always_inline]] inline void store_vector(ScalarOf<V>* target, V v) {
   memcpy(target, &v, sizeof v);
-}
-
-[[gnu::always_inline]] inline float to_accumulator(float x) { return x; }
-[[gnu::always_inline]] inline double to_accumulator(double x) { return x; }
-[[gnu::always_inline]] inline float to_accumulator(BFloat16 x) {
-  return __builtin_bit_cast(float, uint32_t(x.bits) << 16);
-}
-[[gnu::always_inline]] inline float to_accumulator(Float16 x) {
-#ifdef __F16C__
-  return _cvtsh_ss(x.bits);
-#else
-  // Scaling by 2^112 rebases the exponent, subnormal numbers included.
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
-  const float finite = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t bits =
-      (x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : __builtin_bit_cast(uint32_t, finite);
-  return __builtin_bit_cast(float, bits | sign);
-#endif
-}
-
-// Rounds to nearest, ties to even.
-template <class T>
-[[gnu::always_inline]] inline T from_accumulator(Accumulator<T> x) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return {uint16_t(x != x ? 0x7fc0 : rounded)};
-  } else if constexpr (std::is_same_v<T, Float16>) {
-#ifdef __F16C__
-    return {_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT)};
-#else
-    const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-    const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-    uint32_t half;
-    if (magnitude > 0x7f800000) {
-      half = 0x7e00;
-    } else if (magnitude >= 0x477ff000) {
-      half = 0x7c00;
-    } else if (magnitude < 0x38800000) {
-      // The sum's last bit weighs 2^-24, the smallest float16, and the adder rounds to it.
-      half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000;
-    } else {
-      half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    }
-    return {uint16_t(sign | half)};
-#endif
-  } else {
-    return x;
-  }
 }
 
 // A kernel's own memory: `count` elements, handed out in at most 16 pieces that begin on cache

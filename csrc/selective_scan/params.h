@@ -24,9 +24,21 @@ struct SelectiveScanParams {
   const void* delta_bias;
   const void* initial_state;  // (B|S, D, N) contiguous
 
-  const Segment* segments;  // of one row
-  int64_t segment_count;
   int64_t sequences;  // in one row
+
+  // On the CPU, the segments of one row.
+  const Segment* segments;
+  int64_t segment_count;
+
+  // On CUDA, the boundaries of a row's sequences, and the chunks of time that are worked on side by
+  // side, each of as many tiles but for the last.
+  const int64_t* boundaries;  // (S+1), null without packed sequences
+  bool reverse;
+  int64_t chunks, chunk_tiles;
+  // (B, chunks, D, N): the state on entering a chunk, in the backward's direction its gradient.
+  // Where the states are more than a thread's registers hold, those not at hand; may be null.
+  void* carry;
+  void* carry_dt;  // (B, chunks, D): the sum of dt over a chunk
 
   void* saved_states;  // (B, tiles * N, D): the state on entering each tile
   int64_t tiles;
@@ -40,10 +52,11 @@ struct SelectiveScanParams {
   const void* dfinal_state;
   Strided3Out du, ddelta, dz;
   void* dinitial_state;
-  // One partial sum per block, or per row of the batch, added up by the op in a fixed order.
+  // Partial sums, added up by the op in a fixed order: one per block, or per row of the batch (on
+  // CUDA per chunk).
   Strided3Out dB_partial, dC_partial;  // (blocks in a group * B, L, G * N)
-  void* dA_partial;                    // (B, D, N)
-  void* dD_partial;                    // (B, D)
+  void* dA_partial;                    // (rows, D, N)
+  void* dD_partial;                    // (rows, D)
   void* ddelta_bias_partial;
 };
 

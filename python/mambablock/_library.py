@@ -27,8 +27,9 @@ if not hasattr(torch.ops.mambablock, "selective_scan"):
         "`pip install --no-build-isolation .` and import from outside of the source tree"
     )
 
-# How many steps of time one saved state stands for; kTimeTile in csrc/common/time_segments.h.
-TIME_TILE = 32
+# How many steps of time one saved state stands for: kTimeTile in csrc/common/time_segments.h and
+# kCudaTile in csrc/selective_scan/cuda.h.
+TIME_TILE = {"cpu": 32, "cuda": 16}
 
 
 def register_fake(op: str) -> Callable[[Function], Function]:

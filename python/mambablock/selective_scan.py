@@ -56,7 +56,8 @@ def _fake(
     d_state = A.shape[1]
     dtype = library.accumulator_dtype(u.dtype)
     states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tiles = (length + library.TIME_TILE - 1) // library.TIME_TILE
+    tile = library.TIME_TILE["cuda" if u.is_cuda else "cpu"]
+    tiles = (length + tile - 1) // tile
     saved_shape = (batch, tiles * d_state, d_inner) if save_states else (0,)
     return (
         u.new_empty(u.shape),

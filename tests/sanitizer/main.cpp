@@ -57,7 +57,7 @@ class Arguments {
   E* input(int64_t count, float low = -1, float high = 1) {
     E* data = allocate<E>(count);
     for (int64_t i = 0; i < count; ++i) {
-      data[i] = kernels::from_accumulator<E>(draw.uniform(low, high));
+      data[i] = from_accumulator<E>(draw.uniform(low, high));
     }
     return data;
   }
@@ -68,10 +68,10 @@ class Arguments {
   E* output(const char* name, int64_t count) {
     E* data = allocate<E>(count);
     const auto nan = std::numeric_limits<Accumulator<E>>::quiet_NaN();
-    for (int64_t i = 0; i < count; ++i) data[i] = kernels::from_accumulator<E>(nan);
+    for (int64_t i = 0; i < count; ++i) data[i] = from_accumulator<E>(nan);
     checks_.push_back([=] {
       for (int64_t i = 0; i < count; ++i) {
-        if (std::isfinite(kernels::to_accumulator(data[i]))) continue;
+        if (std::isfinite(to_accumulator(data[i]))) continue;
         throw std::runtime_error(std::string(name) + " is not finite at element " +
                                  std::to_string(i) + " of " + std::to_string(count));
       }

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A thread takes a pack of channels of one row of the batch through a chunk of time; neighbouring
+// threads take neighbouring packs. Where d_conv is known when compiling (kWidth > 0) the inputs
+// that the taps look back to stay in registers; else they are read anew for each step.
+#pragma once
+
+#include "../common/packs.cuh"
+#include "../common/sequences.cuh"
+#include "cuda.h"
+
+namespace mambablock {
+
+inline constexpr int kConvThreads = 128;
+// Blocks that a multiprocessor should have room for, to hide the time that memory takes.
+template <class T>
+inline constexpr int kConvBlocks = sizeof(T) == 8 ? 1 : 4;
+
+// A pack of accumulators.
+template <class A>
+struct Values {
+  A at[kChannelPack];
+};
+
+template <class T, int kWidth>
+struct Channels {
+  using A = Accumulator<T>;
+
+  __device__ explicit Channels(const CausalConv1dParams& p)
+      : p(p), sequences{p.boundaries, p.sequences, p.length, p.reverse} {
+    const int64_t packs = (p.channels + kChannelPack - 1) / kChannelPack;
+    const int64_t chunks = cuda_conv_chunks(p);
+    int64_t index = int64_t(blockIdx.x) * kConvThreads + threadIdx.x;
+    channel = index % packs * kChannelPack;
+    index /= packs;
+    partial = index;
+    const int64_t chunk = index % chunks;
+    batch = index / chunks;
+    exists = batch < p.batch;
+    const int64_t rest = p.channels - channel;
+    count = rest < kChannelPack ? int(rest) : kChannelPack;
+    begin = chunk * kCudaConvChunk;
+    end = begin + kCudaConvChunk < p.length ? begin + kCudaConvChunk : p.length;
+  }
+
+  __device__ int64_t width() const { return kWidth > 0 ? kWidth : p.width; }
+
+  // Row `row` of a contiguous (rows, D) tensor; 0 where it is null.
+  __device__ Values<A> load_row(const void* data, int64_t row) const {
+    Values<A> values{};
+    if (data == nullptr) return values;
+    const A* source = static_cast<const A*>(data) + row * p.channels + channel;
+#pragma unroll
+    for (int j = 0; j < kChannelPack; ++j) {
+      if (j < count) values.at[j] = source[j];
+    }
+    return values;
+  }
+
+  __device__ void store_row(void* data, int64_t row, const Values<A>& values) const {
+    A* target = static_cast<A*>(data) + row * p.channels + channel;
+#pragma unroll
+    for (int j = 0; j < kChannelPack; ++j) {
+      if (j < count) target[j] = values.at[j];
+    }
+  }
+
+  // Row `row` of sequence s in a (B|S, W-1, D) state.
+  __device__ int64_t state_row(int64_t s, int64_t row) const {
+    return sequences.state_row(batch, s) * (width() - 1) + row;
+  }
+
+  // The input of sequence s at a time from W-1 steps before it on.
+  __device__ Values<A> input_at(const PackInput<T>& x, int64_t s, int64_t time) const {
+    const int64_t before = sequences.begin(s) - time;
+    if (before > 0) return load_row(p.initial_state, state_row(s, width() - 1 - before));
+    return widened(x.load(time));
+  }
+
+  __device__ static Values<A> widened(const ChannelPack<T>& pack) {
+    Values<A> values;
+#pragma unroll
+    for (int j = 0; j < kChannelPack; ++j) values.at[j] = to_accumulator(pack.values[j]);
+    return values;
+  }
+
+  __device__ static ChannelPack<T> narrowed(const Values<A>& values) {
+    ChannelPack<T> pack;
+#pragma unroll
+    for (int j = 0; j < kChannelPack; ++j) pack.values[j] = from_accumulator<T>(values.at[j]);
+    return pack;
+  }
+
+  const CausalConv1dParams& p;
+  Sequences sequences;
+  int64_t channel, batch, begin, end;
+  int64_t partial;  // the chunk, counted through the whole batch
+  int count;
+  bool exists;
+};
+
+// sum += weight * x
+template <class A>
+__device__ __forceinline__ void add_product(Values<A>& sum, const Values<A>& weight,
+                                            const Values<A>& x) {
+#pragma unroll
+  for (int j = 0; j < kChannelPack; ++j) sum.at[j] += weight.at[j] * x.at[j];
+}
+
+// The last kSize packs of a series, the latest last.
+template <class A, int kSize>
+struct Window {
+  __device__ __forceinline__ void push(const Values<A>& next) {
+#pragma unroll
+    for (int i = 0; i + 1 < kSize; ++i) packs[i] = packs[i + 1];
+    packs[kSize - 1] = next;
+  }
+
+  Values<A> packs[kSize];
+};
+
+inline int64_t conv_threads(const CausalConv1dParams& p) {
+  return p.batch * cuda_conv_chunks(p) * ((p.channels + kChannelPack - 1) / kChannelPack);
+}
+
+}  // namespace mambablock

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda_tiles.cuh"
+
+namespace mambablock {
+namespace {
+
+constexpr int kChannels = kCudaForwardChannels;
+
+// A block's shared memory: [step][channel] or [step][state].
+template <class A>
+struct Memory {
+  Pack<A, 2> dt_and_dtu[kCudaTile][kChannels];  // dt, dt * u
+  A y[kCudaTile][kChannels];
+  alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
+};
+
+// Steps [first, last) of the tile. The sums over the states go to y, added to what is there.
+template <class T>
+__device__ __forceinline__ void advance(const Block<T, kChannels>& block,
+                                        Memory<Accumulator<T>>& memory, int first, int last,
+                                        bool add, const States<Accumulator<T>>& A_log2e,
+                                        States<Accumulator<T>>& h) {
+  using A = Accumulator<T>;
+  constexpr int held = kStatesHeld<A>;
+#pragma unroll(sizeof(A) == 8 ? 1 : 4)
+  for (int step = first; step < last; ++step) {
+    A B[held], C[held], y[2];
+    load_quads(memory.B[step] + block.half * held, B);
+    load_quads(memory.C[step] + block.half * held, C);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const Pack<A, 2> at = memory.dt_and_dtu[step][block.channel_of(k)];
+      const A dt = at.values[0], dtu = at.values[1];
+      y[k] = 0;
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        A& state = h.values[k][i];
+        state = exp2(dt * A_log2e.values[k][i]) * state + dtu * B[i];
+        y[k] += state * C[i];
+      }
+    }
+    const A sum = sum_of_own(y[0], y[1]);
+    memory.y[step][block.own] = add ? memory.y[step][block.own] + sum : sum;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveScanParams p) {
+  using A = Accumulator<T>;
+  const Block<T, kChannels> block(p);
+  auto& memory = *reinterpret_cast<Memory<A>*>(shared_memory());
+  const bool held_at_once = p.d_state <= kStatesAtOnce<A>;
+  A* carry = p.carry == nullptr
+                 ? nullptr
+                 : block.channel_row(p.carry, block.batch * p.chunks + block.chunk, p.d_state);
+  States<A> A_log2e, h;
+  SequenceCursor cursor;
+  const auto start = [&](int64_t s, int64_t time, int64_t first) {
+    return start_sequences(
+        block.sequences, s, time,
+        [&](int64_t s) { h.load(block, sequence_row(block, p.initial_state, s), first); },
+        [&](int64_t s) { h.store(block, sequence_row(block, p.final_state, s), first); });
+  };
+  for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
+    load_A_log2e(block, first, A_log2e);
+    const int64_t boundary = block.sequences.first_from(block.begin);
+    if (boundary < p.sequences && block.sequences.begin(boundary) == block.begin) {
+      cursor = start(boundary, block.begin, first);
+    } else {
+      cursor = {boundary - 1, block.sequences.begin(boundary)};
+      h.load(block, carry, first);
+    }
+    if (!held_at_once) h.store(block, carry, first);
+  }
+
+  const PackInput<T> u_input = pack_input(block, p.u), delta_input = pack_input(block, p.delta),
+                     z_input = pack_input(block, p.z);
+  const PackOutput<T> y_output = pack_output(block, p.y);
+  const bool gated = p.z.data != nullptr;
+  ChannelPack<T> next_u[kRowsPerThread], next_delta[kRowsPerThread], next_z[kRowsPerThread];
+  const auto load_inputs = [&](int64_t begin) {
+#pragma unroll
+    for (int k = 0; k < kRowsPerThread; ++k) {
+      const int64_t time = begin + block.row_of(k);
+      next_u[k] = u_input.load(time, time < block.end);
+      next_delta[k] = delta_input.load(time, time < block.end);
+      if (gated) next_z[k] = z_input.load(time, time < block.end);
+    }
+  };
+  A bias[kChannelPack], skip[kChannelPack];
+#pragma unroll
+  for (int j = 0; j < kChannelPack; ++j) {
+    bias[j] = block.parameter(p.delta_bias, block.column + j);
+    skip[j] = block.parameter(p.D, block.column + j);
+  }
+  if (block.begin < block.end) load_inputs(block.begin);
+  for (int64_t begin = block.begin; begin < block.end; begin += kCudaTile) {
+    const int steps = steps_from(begin, block.end);
+    ChannelPack<T> u[kRowsPerThread], z[kRowsPerThread];
+#pragma unroll
+    for (int k = 0; k < kRowsPerThread; ++k) {
+      u[k] = next_u[k];
+      z[k] = next_z[k];
+#pragma unroll
+      for (int j = 0; j < kChannelPack; ++j) {
+        const A delta = to_accumulator(next_delta[k].values[j]);
+        const A dt = time_step(delta, bias[j], p.delta_softplus).value;
+        memory.dt_and_dtu[block.row_of(k)][block.column + j] = {
+            dt, dt * to_accumulator(u[k].values[j])};
+      }
+    }
+    // In flight while the states advance.
+    if (begin + kCudaTile < block.end) load_inputs(begin + kCudaTile);
+
+    const SequenceCursor at_begin = cursor;
+    for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
+      if (first > 0) __syncthreads();  // all are done with the states before
+      load_states_tile(block, p.B, begin, steps, first, &memory.B[0][0]);
+      load_states_tile(block, p.C, begin, steps, first, &memory.C[0][0]);
+      __syncthreads();
+      if (!held_at_once) {
+        load_A_log2e(block, first, A_log2e);
+        h.load(block, carry, first);
+      }
+      if (p.saved_states != nullptr) h.save(block, begin / kCudaTile, first);
+      cursor = at_begin;
+      for (int64_t time = begin; time < begin + steps;) {
+        const int64_t stop = cursor.end < begin + steps ? cursor.end : begin + steps;
+        advance(block, memory, int(time - begin), int(stop - begin), first > 0, A_log2e, h);
+        time = stop;
+        if (time == cursor.end) {
+          h.store(block, sequence_row(block, p.final_state, cursor.sequence), first);
+          // What begins where the chunk ends is the next chunk's, if there is one.
+          if (time < block.end || time == p.length) {
+            cursor = start(cursor.sequence + 1, time, first);
+          }
+        }
+      }
+      if (!held_at_once) h.store(block, carry, first);
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int k = 0; k < kRowsPerThread; ++k) {
+      const int row = block.row_of(k);
+      ChannelPack<T> y;
+#pragma unroll
+      for (int j = 0; j < kChannelPack; ++j) {
+        A value = memory.y[row][block.column + j] + skip[j] * to_accumulator(u[k].values[j]);
+        if (gated) value *= silu(A(to_accumulator(z[k].values[j])));
+        y.values[j] = from_accumulator<T>(value);
+      }
+      if (row < steps) y_output.store(begin + row, y);
+    }
+  }
+}
+
+}  // namespace
+
+void cuda_forward(const char* op, const SelectiveScanParams& p, cudaStream_t stream) {
+  const int64_t blocks = p.batch * p.chunks * p.groups * cuda_blocks_in_group(p, kChannels);
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(op, forward_kernel<T>, blocks, kChannels, sizeof(Memory<Accumulator<T>>), stream, p);
+  });
+}
+
+}  // namespace mambablock

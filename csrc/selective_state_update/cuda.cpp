@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda.h"
+
+#include "../common/cuda_context.h"
+#include "op.h"
+
+namespace mambablock {
+
+void run_update(SelectiveStateUpdateParams params, const Checks& checks,
+                const OptionalTensor& state_indices) {
+  const CudaContext context(checks.input());
+  const OptionalTensor rows = contiguous_as(state_indices, ScalarType::Long);
+  params.state_rows = static_cast<const int64_t*>(data_of(rows));
+  cuda_update(checks.op(), params, context.stream());
+}
+
+}  // namespace mambablock
