@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 sources := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+nvcc := $(shell command -v nvcc)
 
-.PHONY: help test demo demo-hf bench lint sanitize wheel clean
+.PHONY: help test demo demo-hf bench lint sanitize cuda-check sass wheel clean
 
 help:
 	@echo 'make test      run the tests; ARGS="-k scan" goes to pytest'
@@ -14,6 +15,8 @@ help:
 	@echo 'make bench     measure speed and memory; ARGS=...'
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
+	@echo 'make cuda-check run the CUDA kernels on the CPU, and check their machine code'
+	@echo 'make sass      tell what each CUDA kernel uses and issues; ARGS=...'
 	@echo 'make wheel     build a wheel into dist/'
 	@echo 'make clean     remove everything built, and the virtual environment'
 	@echo 'Variables: PYTHON=python3, VENV=.venv, MAX_JOBS=processes to compile with,'
@@ -44,6 +47,39 @@ sanitize: $(VENV)/requirements
 	    -DMAMBABLOCK_SANITIZE=ON
 	$(bin)/cmake --build build/sanitize --parallel $(or $(MAX_JOBS),$(shell nproc))
 	$(bin)/ctest --test-dir build/sanitize --output-on-failure
+
+# The tests of the operators on emulated CUDA kernels, in some orders of threads, then under the
+# sanitizers. Where there is nvcc, the kernels are built for these architectures.
+emulation_tests := $(addprefix tests/test_,cuda.py selective_scan.py causal_conv1d.py updates.py \
+    block.py)
+emulated := $(bin)/python -m pytest -m 'gpu and not slow' $(emulation_tests)
+library := tests/cuda_emulation/libmambablock_emulation.so
+
+cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0
+cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
+	$(call build_emulation,emulation,ON)
+	$(call build_emulation,emulation-sanitize,SANITIZE)
+	@$(if $(nvcc),,echo 'found no nvcc: the CUDA library is not built, nor its machine code checked')
+	$(if $(nvcc),$(bin)/python -m pytest tests/test_sass.py)
+	for seed in 1 2 3; do \
+	    MAMBABLOCK_EMULATION=build/emulation/$(library) MAMBABLOCK_EMULATION_SEED=$$seed \
+	        $(emulated) || exit; \
+	done
+	MAMBABLOCK_EMULATION=build/emulation-sanitize/$(library) ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    $(emulated)
+
+sass: $(VENV)/installed-sass
+	$(call build_emulation,emulation,ON)
+	$(bin)/python -m benchmarks.sass $(ARGS)
+
+define build_emulation
+	$(bin)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \
+	    -DMAMBABLOCK_EMULATION=$(2) -DTORCH_ROOT="$$($(bin)/python -c \
+	        'import importlib.util; print(*importlib.util.find_spec("torch").submodule_search_locations)')"
+	$(bin)/cmake --build build/$(1) --parallel $(or $(MAX_JOBS),$(shell nproc))
+	$(bin)/ctest --test-dir build/$(1) --output-on-failure
+endef
 
 # What an earlier build left in build/lib.* would go into the wheel.
 wheel: $(VENV)/requirements

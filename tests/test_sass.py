@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import pytest
-
-from benchmarks.sass.__main__ import EMULATION, LIBRARY
+from benchmarks.sass import EMULATION, LIBRARY
 from benchmarks.sass.account import Device, accounts
 from benchmarks.sass.launches import Problem, record
 from benchmarks.sass.listing import Kernel, MissingToolError, find_tools, read_kernels

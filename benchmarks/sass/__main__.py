@@ -12,14 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from typer import Option
 
+from . import EMULATION, LIBRARY
 from .account import Account, Device, accounts
 from .launches import Problem, record
 from .listing import Kernel, MissingToolError, read_kernels
 from .thread import PARAMETERS, UnknownWayError
-
-ROOT = Path(__file__).parents[2]
-LIBRARY = ROOT / "python/mambablock/libmambablock_cuda.so"
-EMULATION = ROOT / "build/emulation/tests/cuda_emulation/libmambablock_emulation.so"
 
 
 def main(
@@ -27,6 +24,9 @@ def main(
     emulation: Annotated[Path, Option(help="The one of the emulated kernels.")] = EMULATION,
     only: Annotated[str, Option(help="Only kernels with this in their names.")] = "",
     opcodes: Annotated[int, Option(help="How many of the most issued opcodes to name.")] = 0,
+    listing: Annotated[
+        bool, Option(help="Print how often a thread issues each instruction.")
+    ] = False,
 ) -> None:
     """Tell what each CUDA kernel uses, and what the scan issues per state-step, without a GPU."""
     console = Console(width=None if sys.stdout.isatty() else 150)
@@ -35,18 +35,22 @@ def main(
             print(f"mambablock: found no {path}; make cuda-check builds it", file=sys.stderr)
             raise typer.Exit(1)
     try:
-        kernels = [kernel for kernel in read_kernels(library) if only in kernel.name]
-        console.print(usage_table(kernels))
+        kernels = read_kernels(library)
+        console.print(usage_table([kernel for kernel in kernels if only in kernel.name]))
         problem, device = Problem(), Device()
         launches = record(emulation, problem, device.multiprocessors)
         table = account_table(problem, device)
-        for operator in launches:
+        for operator, launched in launches.items():
+            chosen = [launch for launch in launched if only in launch.kernel]
             for architecture in sorted({kernel.architecture for kernel in kernels}):
-                if architecture in PARAMETERS:
-                    found = accounts(kernels, launches[operator], architecture, problem)
+                if chosen and architecture in PARAMETERS:
+                    found = accounts(kernels, chosen, architecture, problem)
                     add_accounts(table, operator, found, problem, device)
-                    for account in found if opcodes else ():
-                        console.print(opcode_line(account, opcodes))
+                    for account in found:
+                        if opcodes:
+                            console.print(opcode_line(account, opcodes))
+                        if listing:
+                            print_listing(account, operator)
         console.print(table)
     except (MissingToolError, UnknownWayError) as error:
         print(f"mambablock: {error}", file=sys.stderr)
@@ -67,7 +71,7 @@ def usage_table(kernels: list[Kernel]) -> Table:
             kernel.spills,
             len(kernel.code),
         )
-        table.add_row(kernel.name, *map(str, numbers))
+        table.add_row(kernel.template, *map(str, numbers))
     return table
 
 
@@ -91,7 +95,7 @@ def add_accounts(
     for account in found:
         launch, kernel = account.launch, account.kernel
         table.add_row(
-            *(operator, kernel.name, str(kernel.architecture)),
+            *(operator, kernel.template, str(kernel.architecture)),
             *map(str, (launch.blocks, launch.threads, launch.dynamic_shared)),
             *(f"{account.issued:.2f}", f"{account.exps:.2f}"),
             f"{account.milliseconds(problem, device):.3f}",
@@ -105,7 +109,15 @@ def add_accounts(
 def opcode_line(account: Account, count: int) -> str:
     share = account.issued / account.opcodes.total()
     names = (f"{name} {n * share:.2f}" for name, n in account.opcodes.most_common(count))
-    return f"{account.kernel.name}, sm_{account.kernel.architecture}: {', '.join(names)}"
+    return f"{account.kernel.template}, sm_{account.kernel.architecture}: {', '.join(names)}"
+
+
+def print_listing(account: Account, operator: str) -> None:
+    print(f"{operator}: {account.kernel.template}, sm_{account.kernel.architecture}")
+    for instruction, visits in zip(account.kernel.code, account.visits, strict=True):
+        guard = "" if instruction.guard == "PT" else f"@{instruction.guard} "
+        text = f"{guard}{instruction.opcode} {', '.join(instruction.operands)}"
+        print(f"{visits:9} 0x{instruction.address:05x} {text}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from .launches import Launch, Problem
-from .listing import Kernel
+from .listing import Kernel, find_kernel
 from .thread import Thread
 
 
@@ -26,7 +26,15 @@ class Account:
     launch: Launch
     issued: float  # per state-step, as are the others
     exps: float  # MUFU of all kinds: exponentials, reciprocals, logarithms
-    opcodes: Counter[str]
+    visits: list[int]  # of each instruction by a thread
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        """How often a thread issues each opcode."""
+        counts: Counter[str] = Counter()
+        for instruction, visits in zip(self.kernel.code, self.visits, strict=True):
+            counts[instruction.opcode] += visits
+        return counts
 
     def milliseconds(self, problem: Problem, device: Device) -> float:
         issue = self.issued / 32 / device.schedulers
@@ -38,16 +46,20 @@ class Account:
 def account_for(kernel: Kernel, launch: Launch, problem: Problem) -> Account:
     """Counts by the busier of the first and the last thread of the middle block."""
     ranks = {0, launch.threads - 1}
-    counts = [Thread(kernel, launch, launch.blocks // 2, rank).run() for rank in sorted(ranks)]
-    opcodes = max(counts, key=Counter.total)
+    runs = [Thread(kernel, launch, launch.blocks // 2, rank).run() for rank in sorted(ranks)]
+    visits = max(runs, key=sum)
     share = launch.blocks * launch.threads / problem.state_steps
-    exps = sum(count for opcode, count in opcodes.items() if opcode.startswith("MUFU"))
-    return Account(kernel, launch, opcodes.total() * share, exps * share, opcodes)
+    exps = sum(
+        count
+        for instruction, count in zip(kernel.code, visits, strict=True)
+        if instruction.opcode.startswith("MUFU")
+    )
+    return Account(kernel, launch, sum(visits) * share, exps * share, visits)
 
 
 def accounts(
     kernels: list[Kernel], launches: list[Launch], architecture: int, problem: Problem
 ) -> list[Account]:
     """Of all that an operator launches, in that order."""
-    by_name = {kernel.name: kernel for kernel in kernels if kernel.architecture == architecture}
-    return [account_for(by_name[launch.kernel], launch, problem) for launch in launches]
+    built = [kernel for kernel in kernels if kernel.architecture == architecture]
+    return [account_for(find_kernel(built, launch.kernel), launch, problem) for launch in launches]

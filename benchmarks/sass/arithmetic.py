@@ -286,7 +286,7 @@ def _prmt(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
     thread.set(destination, result)
 
 
-@opcode("MOV", "R2UR", "S2R", "CS2R")
+@opcode("MOV", "R2UR", "S2R", "S2UR", "CS2R")
 def _mov(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
     source = operands[1]
     value = thread.special[source] if source in thread.special else thread.value(source)

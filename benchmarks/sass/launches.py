@@ -33,12 +33,14 @@ def mark(name):
     with open(os.environ["MAMBABLOCK_EMULATION_RECORD"], "a") as file:
         print(name, file=file)
 
-arguments = (u, delta, A, B, C, D, z, bias, None, None)
-with torch.no_grad():
-    mark("forward")
-    y, state, saved = ops.selective_scan(*arguments, True, False, True)
-    mark("backward")
-    ops.selective_scan_backward(dy, torch.empty_like(state), *arguments, saved, True, False)
+for suffix, z, softplus in (("", None, False), (" with softplus and z", z, True)):
+    arguments = (u, delta, A, B, C, D, z, bias, None, None)
+    mark("forward" + suffix)
+    y, state, saved = ops.selective_scan(*arguments, softplus, False, True)
+    mark("backward" + suffix)
+    ops.selective_scan_backward(
+        dy, torch.empty_like(state), *arguments, saved, softplus, False
+    )
 """
 
 
@@ -72,7 +74,7 @@ class Launch:
 
 
 def record(emulation: Path, problem: Problem, multiprocessors: int) -> dict[str, list[Launch]]:
-    """The launches of the scan's forward, which saves states, and of its backward, by operator."""
+    """The launches of the scan's forward, which saves states, and of its backward, each by name."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "launches"
         sizes = (problem.batch, problem.length, problem.channels, problem.states)

@@ -26,12 +26,16 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    name: str  # as C++ has it, without the namespaces
+    name: str  # as C++ has it, with its parameters and without namespaces
     architecture: int
     registers: int
     stack: int
     static_shared: int
     code: list[Instruction] = field(default_factory=list)
+
+    @property
+    def template(self) -> str:
+        return template_of(self.name)
 
     @property
     def spills(self) -> int:
@@ -87,18 +91,30 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def short_name(demangled: str) -> str:
-    """kernel<types> of what a compiler calls `void ns::(anonymous namespace)::kernel<types>(...)`.
-
-    nvcc names the anonymous namespace after the file.
-    """
+    """kernel<types>(parameters), without the namespaces, of which nvcc names one after the file."""
     text = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|mambablock::", "", demangled)
-    text = text.removeprefix("void ")
+    return text.removeprefix("void ")
+
+
+def template_of(name: str) -> str:
+    """kernel<types>, without the parameters."""
     depth = 0
-    for i, c in enumerate(text):
+    for i, c in enumerate(name):
         depth += (c == "<") - (c == ">")
         if c == "(" and depth == 0:
-            return text[:i]
-    return text
+            return name[:i]
+    return name
+
+
+def find_kernel(kernels: list[Kernel], name: str) -> Kernel:
+    """The kernel of that name; compilers spell some types of parameters differently."""
+    same = [kernel for kernel in kernels if kernel.name == name]
+    same = same or [kernel for kernel in kernels if kernel.template == template_of(name)]
+    if len(same) != 1:
+        raise MissingToolError(
+            f"found {len(same)} kernels {name}; the libraries must be of one tree"
+        )
+    return same[0]
 
 
 def _cuobjdump(*arguments: str) -> str:

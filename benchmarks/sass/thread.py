@@ -9,7 +9,6 @@ depends on nothing else in these kernels. What comes from memory or from floatin
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -61,8 +60,8 @@ class Thread:
         self.code = kernel.code
         self.steps: list[Step | None] = [None] * len(kernel.code)
 
-    def run(self, limit: int = 50_000_000) -> Counter[str]:
-        """How often each opcode is issued until the thread returns."""
+    def run(self, limit: int = 50_000_000) -> list[int]:
+        """How often each instruction is issued until the thread returns."""
         visits = [0] * len(self.code)
         index = 0
         for _ in range(limit):
@@ -79,11 +78,7 @@ class Thread:
                 index = following
         else:
             raise UnknownWayError(f"no end after {limit} instructions")
-        issued: Counter[str] = Counter()
-        for instruction, count in zip(self.code, visits, strict=True):
-            if count:
-                issued[instruction.opcode] += count
-        return issued
+        return visits
 
     # Operands
 
