@@ -13,7 +13,14 @@ import mambablock
 import test_causal_conv1d
 import test_selective_scan
 import test_updates
-from conftest import EMULATION, boundaries, gradients
+from conftest import (
+    EMULATION,
+    assert_as_exact_as_pytorch,
+    assert_float64_equal,
+    boundaries,
+    gradients,
+)
+from mambablock import reference
 
 pytestmark = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
@@ -34,7 +41,7 @@ def _on(device: torch.device) -> torch.device:
     return device
 
 
-@pytest.mark.skipif(not EMULATION, reason="needs emulated kernels")
+@pytest.mark.skipif(not EMULATION, reason="no kernel is emulated")
 @pytest.mark.parametrize("op", OPERATORS)
 def test_emulated_kernels_are_in_place(op: str) -> None:
     # The first kernel of a key is the active one.
@@ -116,15 +123,64 @@ def test_any_order_of_threads_gives_the_same_bits(
             assert torch.equal(value, expected[name]), name
 
 
-@pytest.mark.skipif(not EMULATION, reason="a device has the multiprocessors that it has")
+emulated = pytest.mark.skipif(not EMULATION, reason="a device has what it has")
+
+
+@emulated
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 @pytest.mark.parametrize("lengths", [None, [0, 3, 140, 0, 1, 46], [190]])
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("d_state", [1, 20])
 def test_time_in_one_piece_and_in_chunks(
-    multiprocessors: int, lengths: list[int] | None, reverse: bool, monkeypatch: pytest.MonkeyPatch
+    multiprocessors: int,
+    lengths: list[int] | None,
+    reverse: bool,
+    d_state: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", str(multiprocessors))
     cu_seqlens = None if lengths is None else boundaries(lengths)
     states = None if lengths is None else len(lengths)
-    tensors = test_selective_scan.make_inputs(1, 190, 3, 5, states=states)
+    tensors = test_selective_scan.make_inputs(1, 190, 70, d_state, states=states)
+    chunks = torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1)
+    assert (chunks > 1) == (multiprocessors > 1)
     test_selective_scan.both(tensors, cu_seqlens=cu_seqlens, reverse=reverse)
+
+
+@emulated
+@pytest.mark.parametrize("reverse", [False, True])
+def test_more_chunks_than_are_combined_at_once(
+    reverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", "1000")
+    tensors = test_selective_scan.make_inputs(1, 9000, 1, 1)
+    assert torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1) > 128
+    # The reference's gradients take long here.
+    options = test_selective_scan.OPTIONS | {"reverse": reverse}
+    got = gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors)
+    monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", "1")
+    expected = gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors)
+    assert_float64_equal(got, expected)
+
+
+@emulated
+@pytest.mark.parametrize("shared_memory", [64 << 10, 227 << 10])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_backward_in_blocks_of_32_and_64_channels(
+    shared_memory: int, groups: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAMBABLOCK_EMULATION_SHARED_MEMORY", str(shared_memory))
+    tensors = test_selective_scan.make_inputs(2, 35, 140, 16, groups, dtype=torch.float32)
+    options = test_selective_scan.OPTIONS
+
+    def reference_gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+        return gradients(
+            lambda **t: reference.selective_scan(**t, **options),
+            test_selective_scan.as_dtype(tensors, dtype),
+        )
+
+    assert_as_exact_as_pytorch(
+        gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors),
+        reference_gradients(torch.float32),
+        reference_gradients(torch.float64),
+    )
