@@ -72,7 +72,7 @@ def read_kernels(library: Path) -> list[Kernel]:
         kernels[architecture, name] = Kernel(
             name, architecture, numbers["REG"], numbers["STACK"], numbers["SHARED"]
         )
-    for architecture, name, code in _functions(sass):
+    for architecture, name, code in parse_sass(sass):
         if (architecture, name) in kernels:
             kernels[architecture, name].code = code
     demangled = demangle([name for _, name in kernels])
@@ -144,7 +144,8 @@ def _resource_lines(usage: str) -> list[tuple[int, str, str]]:
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w))?\s*([A-Z][\w.]*)\s*(.*?)\s*;")
 
 
-def _functions(sass: str) -> list[tuple[int, str, list[Instruction]]]:
+def parse_sass(sass: str) -> list[tuple[int, str, list[Instruction]]]:
+    """The architecture, name and code of each function in what cuobjdump --dump-sass prints."""
     found: list[tuple[int, str, list[Instruction]]] = []
     architecture = 0
     for line in sass.splitlines():
