@@ -12,9 +12,9 @@ struct Backward {
   __device__ explicit Backward(const CausalConv1dParams& p)
       : p(p),
         channels(p),
-        x(p.x, channels.batch, channels.channel, channels.count),
-        dy(p.dy, channels.batch, channels.channel, channels.count),
-        dx(p.dx, channels.batch, channels.channel, channels.count),
+        x(p.x, channels.batch, channels.channel, channels.count, p.channels),
+        dy(p.dy, channels.batch, channels.channel, channels.count, p.channels),
+        dx(p.dx, channels.batch, channels.channel, channels.count, p.channels),
         bias(channels.load_row(p.bias, 0)) {}
 
   // The gradient before the SiLU, given the sum that the SiLU had.
@@ -41,7 +41,7 @@ struct Backward {
   __device__ __forceinline__ void store(int64_t s, int64_t begin, int64_t time,
                                         const Values<A>& gradient) const {
     if (time >= begin) {
-      dx.store(time, channels.narrowed(gradient));
+      dx.store(time, narrowed<T>(gradient.at));
     } else if (p.dinitial_state != nullptr) {
       channels.store_row(p.dinitial_state,
                          channels.state_row(s, time - begin + channels.width() - 1), gradient);

@@ -14,7 +14,7 @@ namespace mambablock {
 inline constexpr int kConvThreads = 128;
 // Blocks that a multiprocessor should have room for, to hide the time that memory takes.
 template <class T>
-inline constexpr int kConvBlocks = sizeof(T) == 8 ? 1 : 4;
+inline constexpr int kConvBlocks = sizeof(T) == 8 ? 1 : 3;
 
 // A pack of accumulators.
 template <class A>
@@ -82,13 +82,6 @@ struct Channels {
 #pragma unroll
     for (int j = 0; j < kChannelPack; ++j) values.at[j] = to_accumulator(pack.values[j]);
     return values;
-  }
-
-  __device__ static ChannelPack<T> narrowed(const Values<A>& values) {
-    ChannelPack<T> pack;
-#pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) pack.values[j] = from_accumulator<T>(values.at[j]);
-    return pack;
   }
 
   const CausalConv1dParams& p;

@@ -10,8 +10,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
   using A = Accumulator<T>;
   const Channels<T, kWidth> channels(p);
   if (!channels.exists) return;
-  const PackInput<T> x(p.x, channels.batch, channels.channel, channels.count);
-  const PackOutput<T> y(p.y, channels.batch, channels.channel, channels.count);
+  const PackInput<T> x(p.x, channels.batch, channels.channel, channels.count, p.channels);
+  const PackOutput<T> y(p.y, channels.batch, channels.channel, channels.count, p.channels);
   const int64_t width = channels.width();
   const Values<A> bias = channels.load_row(p.bias, 0);
   constexpr int kept = kWidth > 0 ? kWidth : 1;
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
         channels.sequences, s, time, [&](int64_t s) { look_back(s, time); }, store_final_state);
   };
 
-  SequenceCursor cursor;
+  SequenceCursor cursor{};
   const int64_t boundary = channels.sequences.first_from(channels.begin);
   if (boundary < p.sequences && channels.sequences.begin(boundary) == channels.begin) {
     cursor = start(boundary, channels.begin);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
 #pragma unroll
         for (A& value : sum.at) value = silu(value);
       }
-      y.store(time, channels.narrowed(sum));
+      y.store(time, narrowed<T>(sum.at));
     }
     if (time == cursor.end) {
       store_final_state(cursor.sequence);

@@ -45,6 +45,33 @@ __device__ __forceinline__ void load_quads(const A* source, A (&values)[Count]) 
   }
 }
 
+template <class A, int Count>
+__device__ __forceinline__ void store_quads(const A (&values)[Count], A* target) {
+  static_assert(Count % kQuad<A> == 0);
+#pragma unroll
+  for (int i = 0; i < Count; i += kQuad<A>) {
+    Pack<A, kQuad<A>> quad;
+#pragma unroll
+    for (int j = 0; j < kQuad<A>; ++j) quad.values[j] = values[i + j];
+    *reinterpret_cast<Pack<A, kQuad<A>>*>(target + i) = quad;
+  }
+}
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// Calls function(Flag<flag>), so that what follows from the flag is decided once.
+template <class F>
+__device__ __forceinline__ void with_flag(bool flag, F function) {
+  if (flag) {
+    function(Flag<true>());
+  } else {
+    function(Flag<false>());
+  }
+}
+
 // One of them.
 template <class A>
 __device__ __forceinline__ Pack<A, kQuad<A>> quad_at(const A* source) {

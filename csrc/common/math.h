@@ -221,15 +221,29 @@ struct Softplus {
   V value, derivative;
 };
 
+// -|x|
+template <class V>
+MAMBABLOCK_INLINE V minus_magnitude(V x) {
+#if defined(__CUDA_ARCH__)
+  return -fabs(x);
+#else
+  return x < ScalarOf<V>(0) ? x : V(-x);
+#endif
+}
+
 // log(1 + e^x), and x itself above 20 as torch.nn.functional.softplus, with the derivative, which
 // is sigmoid(x) and 1. Both at most 4 ULP where e^x is a normal number.
 template <class V>
 MAMBABLOCK_INLINE Softplus<V> softplus_with_derivative(V x) {
   const V zero = V{}, one = V{} + ScalarOf<V>(1);
-  const V e = exp(V(x < ScalarOf<V>(0) ? x : V(-x)));
+  const V e = exp(minus_magnitude(x));
   const V value = max_keep_nan(zero, x) + log1p_unit(e);
   const V derivative = divide(V(x < ScalarOf<V>(0) ? e : one), V(e + one));
-  return {x > ScalarOf<V>(20) ? x : value, x > ScalarOf<V>(20) ? one : derivative};
+  if constexpr (is_float64<V>) {
+    return {x > ScalarOf<V>(20) ? x : value, x > ScalarOf<V>(20) ? one : derivative};
+  } else {
+    return {value, derivative};  // which float32 rounds to x and 1 above 20
+  }
 }
 
 template <class V>

@@ -24,15 +24,17 @@ int64_t time_chunks(int64_t row_blocks, int64_t tiles, int64_t multiprocessors) 
   return chunks < most ? chunks : most > 0 ? most : 1;
 }
 
+// Wide blocks leave fewer partial sums, and need more memory.
 int backward_channels(const CudaContext& context, DType dtype) {
   constexpr int wide = 64, narrow = 32;
+  if (dtype == DType::float32 || dtype == DType::float64) return narrow;
   const auto needed = int64_t(cuda_backward_shared_memory(dtype, wide));
-  return needed <= context.shared_memory_per_block() && dtype != DType::float64 ? wide : narrow;
+  return needed <= context.shared_memory_per_block() ? wide : narrow;
 }
 
 void allocate_carries(SelectiveScanCall& call) {
   SelectiveScanParams& p = call.params;
-  if (p.chunks == 1 && p.d_state <= cuda_states_at_once(p.dtype)) return;
+  if (p.chunks == 1 && p.d_state <= cuda_states_held(p.dtype)) return;
   call.kept.push_back(call.new_accumulators({p.batch, p.chunks, p.channels, p.d_state}));
   p.carry = call.kept.back()->mutable_data_ptr();
   call.kept.push_back(call.new_accumulators({p.batch, p.chunks, p.channels}));

@@ -18,8 +18,8 @@ inline int64_t cuda_blocks_in_group(const SelectiveScanParams& p, int channels) 
   return (p.channels / p.groups + channels - 1) / channels;
 }
 
-// How many states a block holds at a time; of more, those not at hand are in p.carry.
-inline int cuda_states_at_once(DType dtype) { return dtype == DType::float64 ? 4 : 16; }
+// How many states a block holds from tile to tile; more are in p.carry.
+inline int cuda_states_held(DType dtype) { return dtype == DType::float64 ? 4 : 16; }
 
 // The bytes of shared memory that a backward block of `channels` channels needs.
 size_t cuda_backward_shared_memory(DType dtype, int channels);
@@ -31,7 +31,7 @@ void cuda_backward_carries(const char* op, const SelectiveScanParams& p, cudaStr
 
 void cuda_forward(const char* op, const SelectiveScanParams& p, cudaStream_t stream);
 
-// With blocks of 32 or 64 channels (32 for float64).
+// With blocks of 64 channels, which only 16-bit types have, or of 32.
 void cuda_backward(const char* op, const SelectiveScanParams& p, int channels, cudaStream_t stream);
 
 }  // namespace mambablock

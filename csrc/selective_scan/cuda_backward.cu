@@ -12,21 +12,40 @@ namespace {
 template <class A>
 inline constexpr int kStepsSummed = 4;
 
+// What the end of a tile needs of its beginning: the derivative of dt by delta, and the gradient of
+// z but for the factor y.
+template <class A>
+struct Kept {
+  A derivative, dz;
+};
+
+// Where it is: in registers for blocks of 64 channels, whose shared memory is full, and in shared
+// memory for others.
+template <class A, int Channels>
+struct KeptMemory {
+  Kept<A> kept[kRowsPerThread][kChannelPack][Channels];
+};
+template <class A>
+struct KeptMemory<A, 64> {};
+
 // A block's shared memory: [step][channel], [step][state], or as said.
 template <class A, int Channels>
-struct Memory {
+struct Memory : KeptMemory<A, Channels> {
   static constexpr int held = kStatesHeld<A>, quads = 2 * held / kQuad<A>, warps = Channels / 32;
   using Quad = Pack<A, kQuad<A>>;
 
-  A delta_bias[Channels], D[Channels];
-  Pack<A, 2> dt_and_dtu[kCudaTile][Channels];  // dt, dt * u
-  A dy[kCudaTile][Channels];                   // of the y before the gate
-  Pack<A, 2> sums[kCudaTile][Channels];        // sum_n g B and sum_n A log2(e) a g h_{t-1}
-  A y[kCudaTile][Channels];                    // C . h
+  alignas(16) A delta_bias[Channels], D[Channels];
+  // Of each of the threads that share a channel's steps.
+  A dD[kRowSpacing][Channels], ddelta_bias[kRowSpacing][Channels];
+  alignas(16) Pack<A, 2> dt_and_dtu[kCudaTile][Channels];  // dt, dt * u
+  A dy[kCudaTile][Channels];                               // of the y before the gate
+  alignas(16) Pack<A, 2> sums[kCudaTile][Channels];  // sum_n g B and sum_n A log2(e) a g h_{t-1}
+  A y[kCudaTile][Channels];                          // C . h
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
   Quad h_before[kCudaTile][quads][Channels];  // each thread's own
-  // What each thread of a warp adds to dB and dC of the states that it holds, and their sums.
-  Quad contributions[warps][kStepsSummed<A>][quads][32];
+  // What each thread of a warp adds to dB and dC of the states that it holds, in rows that are
+  // spread over the banks, and their sums.
+  Quad contributions[warps][kStepsSummed<A>][quads][34];
   Quad warp_sums[warps][kCudaTile][2][quads];
 };
 
@@ -38,24 +57,24 @@ struct Thread {
   States<A> A_log2e, h, a_g, dA;  // a_g: a_{t+1} g_{t+1}
 };
 
-// The thread's packs of a row of a tile.
+// Rows that a thread prepares at once; wide types take many registers.
 template <class T>
-struct Inputs {
-  ChannelPack<T> u, delta, dy, z;
-};
+inline constexpr int kRowsAtOnce = sizeof(T) == 8   ? 1
+                                   : sizeof(T) == 4 ? 2
+                                                    : kRowsPerThread;
 
-// What the end of a tile needs of its beginning: the derivative of dt by delta, and the gradient of
-// z but for the factor y.
-template <class A>
-struct Kept {
-  A derivative, dz;
+template <class A, int Channels>
+struct KeptByThread {
+  __device__ explicit KeptByThread(Memory<A, Channels>& memory) : memory(memory) {}
+  __device__ __forceinline__ Kept<A>& at(int k, int j) { return memory.kept[k][j][threadIdx.x]; }
+  Memory<A, Channels>& memory;
 };
-
-// float64 would take too many registers to keep them.
 template <class A>
-inline constexpr bool kPreparedAgain = sizeof(A) == 8;
-template <class A>
-inline constexpr int kRowsUnrolled = kPreparedAgain<A> ? 1 : kRowsPerThread;
+struct KeptByThread<A, 64> {
+  __device__ explicit KeptByThread(Memory<A, 64>&) {}
+  __device__ __forceinline__ Kept<A>& at(int k, int j) { return kept[k][j]; }
+  Kept<A> kept[kRowsPerThread][kChannelPack];
+};
 
 template <class A>
 struct Prepared {
@@ -63,20 +82,18 @@ struct Prepared {
   Kept<A> kept;
 };
 
-template <class T, class A = Accumulator<T>>
-__device__ __forceinline__ Prepared<A> prepare(const Inputs<T>& inputs, int j, A bias,
-                                               bool delta_softplus, bool gated) {
-  const Softplus<A> dt = time_step(A(to_accumulator(inputs.delta.values[j])), bias, delta_softplus);
-  const A dy = to_accumulator(inputs.dy.values[j]);
+template <class A>
+__device__ __forceinline__ Prepared<A> prepared(A delta, A bias, A dy, A z, bool delta_softplus,
+                                                bool gated) {
+  const Softplus<A> dt = time_step(delta, bias, delta_softplus);
   if (!gated) return {dt.value, dy, {dt.derivative, A(0)}};
-  const A z = to_accumulator(inputs.z.values[j]), gate = sigmoid(z);
+  const A gate = sigmoid(z);
   return {dt.value, dy * z * gate, {dt.derivative, dy * silu_derivative(z, gate)}};
 }
 
 // The states of steps [first, last) again; h is the one before and becomes the last one.
-template <class T, int Channels>
-__device__ __forceinline__ void recompute(Thread<T, Channels>& thread, int first, int last,
-                                          bool gated, bool add) {
+template <bool kGated, bool kAdd, class T, int Channels>
+__device__ __forceinline__ void recompute(Thread<T, Channels>& thread, int first, int last) {
   using A = Accumulator<T>;
   using Quad = typename Memory<A, Channels>::Quad;
   constexpr int held = kStatesHeld<A>;
@@ -91,7 +108,7 @@ __device__ __forceinline__ void recompute(Thread<T, Channels>& thread, int first
     for (int i = 0; i < held; i += kQuad<A>) {
       const Quad B = quad_at(memory.B[step] + block.half * held + i);
       Quad C{};
-      if (gated) C = quad_at(memory.C[step] + block.half * held + i);
+      if constexpr (kGated) C = quad_at(memory.C[step] + block.half * held + i);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         Quad before;
@@ -101,23 +118,22 @@ __device__ __forceinline__ void recompute(Thread<T, Channels>& thread, int first
           before.values[j] = h;
           h = exp2(at[k].values[0] * thread.A_log2e.values[k][i + j]) * h +
               at[k].values[1] * B.values[j];
-          if (gated) y[k] += h * C.values[j];
+          if constexpr (kGated) y[k] += h * C.values[j];
         }
         memory.h_before[step][(k * held + i) / kQuad<A>][block.own] = before;
       }
     }
-    if (gated) {
+    if constexpr (kGated) {
       const A sum = sum_of_own(y[0], y[1]);
-      memory.y[step][block.own] = add ? memory.y[step][block.own] + sum : sum;
+      memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
     }
   }
 }
 
 // One step of the gradient, whose contributions go to place `slot`; h is the state after the step
 // and becomes the one before.
-template <class T, int Channels>
-__device__ __forceinline__ void reverse_step(Thread<T, Channels>& thread, int step, int slot,
-                                             bool add) {
+template <bool kAdd, class T, int Channels>
+__device__ __forceinline__ void reverse_step(Thread<T, Channels>& thread, int step, int slot) {
   using A = Accumulator<T>;
   using Quad = typename Memory<A, Channels>::Quad;
   constexpr int held = kStatesHeld<A>, half_quads = held / kQuad<A>;
@@ -161,7 +177,7 @@ __device__ __forceinline__ void reverse_step(Thread<T, Channels>& thread, int st
   }
   Pack<A, 2> sums{sum_of_own(g_B[0], g_B[1]), sum_of_own(g_A[0], g_A[1])};
   auto& total = memory.sums[step][block.own];
-  if (add) {
+  if constexpr (kAdd) {
     sums.values[0] += total.values[0];
     sums.values[1] += total.values[1];
   }
@@ -176,28 +192,25 @@ __device__ __forceinline__ void sum_contributions(Memory<A, Channels>& memory, i
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int sum = lane; sum < count * 2 * quads; sum += 32) {
     const int quad = sum % quads, half = sum / quads % 2, slot = sum / quads / 2;
+    const Quad* contribution = &memory.contributions[warp][slot][quad][half];
     Quad total{};
 #pragma unroll 4
-    for (int pair = 0; pair < 16; ++pair) {
-      // Lanes begin at different pairs so that they meet different banks.
-      const int from = 2 * ((pair + lane) % 16) + half;
-      const Quad one = memory.contributions[warp][slot][quad][from];
+    for (int pair = 0; pair < 16; ++pair, contribution += 2) {
 #pragma unroll
-      for (int j = 0; j < kQuad<A>; ++j) total.values[j] += one.values[j];
+      for (int j = 0; j < kQuad<A>; ++j) total.values[j] += contribution->values[j];
     }
     memory.warp_sums[warp][top - slot][half][quad] = total;
   }
 }
 
 // Steps [first, last) of one sequence.
-template <class T, int Channels>
-__device__ __forceinline__ void reverse(Thread<T, Channels>& thread, int first, int last,
-                                        bool add) {
+template <bool kAdd, class T, int Channels>
+__device__ __forceinline__ void reverse(Thread<T, Channels>& thread, int first, int last) {
   constexpr int at_once = kStepsSummed<Accumulator<T>>;
   for (int top = last - 1; top >= first; top -= at_once) {
     const int count = top - first + 1 < at_once ? top - first + 1 : at_once;
 #pragma unroll 1
-    for (int slot = 0; slot < count; ++slot) reverse_step(thread, top - slot, slot, add);
+    for (int slot = 0; slot < count; ++slot) reverse_step<kAdd>(thread, top - slot, slot);
     __syncwarp();
     sum_contributions(thread.memory, top, count);
     __syncwarp();
@@ -210,39 +223,49 @@ __device__ __forceinline__ void store_group_sums(const Block<T, Channels>& block
                                                  const Memory<Accumulator<T>, Channels>& memory,
                                                  int64_t begin, int steps, int64_t first) {
   using A = Accumulator<T>;
-  constexpr int states = kStatesAtOnce<A>, held = kStatesHeld<A>, half_quads = held / kQuad<A>;
+  using Quad = typename Memory<A, Channels>::Quad;
+  constexpr int quads = kStatesAtOnce<A> / kQuad<A>, half_quads = quads / 2;
+  constexpr int all = kCudaTile * 2 * quads, rounds = (all + Channels - 1) / Channels;
   const SelectiveScanParams& p = block.p;
-  for (int i = threadIdx.x; i < kCudaTile * 2 * states; i += Channels) {
-    const int step = i / (2 * states), which = i / states % 2, state = i % states;
-    const int half = state / held, quad = which * half_quads + state % held / kQuad<A>;
-    A total = 0;
+  const bool in_quads = p.d_state % kQuad<A> == 0;
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * Channels + threadIdx.x;
+    if (all % Channels != 0 && i >= all) break;
+    const int quad = i % quads, which = i / quads % 2, step = i / (2 * quads);
+    Quad total{};
 #pragma unroll
     for (int warp = 0; warp < Memory<A, Channels>::warps; ++warp) {
-      total += memory.warp_sums[warp][step][half][quad].values[state % kQuad<A>];
+      const Quad sum =
+          memory.warp_sums[warp][step][quad / half_quads][which * half_quads + quad % half_quads];
+#pragma unroll
+      for (int j = 0; j < kQuad<A>; ++j) total.values[j] += sum.values[j];
     }
-    if (step >= steps || first + state >= p.d_state) continue;
     const Strided3Out& partial = which == 0 ? p.dB_partial : p.dC_partial;
-    static_cast<A*>(
-        partial.data)[(block.index_in_group * p.batch + block.batch) * partial.batch +
-                      (begin + step) * partial.time + block.group * p.d_state + first + state] =
-        total;
+    const int64_t state = first + quad * kQuad<A>;
+    A* target = static_cast<A*>(partial.data) +
+                (block.index_in_group * p.batch + block.batch) * partial.batch +
+                (begin + step) * partial.time + block.group * p.d_state + state;
+    if (step >= steps || state >= p.d_state) continue;
+    if (in_quads) {
+      *reinterpret_cast<Quad*>(target) = total;
+    } else {
+#pragma unroll
+      for (int j = 0; j < kQuad<A>; ++j) {
+        if (state + j < p.d_state) target[j] = total.values[j];
+      }
+    }
   }
 }
 
-// The sums over the chunk's time of a channel, from each thread that has some of its steps.
+// A channel's sums over the chunk's time.
 template <class T, int Channels>
-__device__ __forceinline__ void store_channel_sums(const Block<T, Channels>& block,
-                                                   Accumulator<T> (*scratch)[Channels],
-                                                   const Accumulator<T> (&sums)[kChannelPack],
-                                                   void* partial, int64_t row) {
-  using A = Accumulator<T>;
-  __syncthreads();
+__device__ __forceinline__ void store_channel_sums(
+    const Block<T, Channels>& block, const Accumulator<T> (&sums)[kRowSpacing][Channels],
+    void* partial, int64_t row) {
+  Accumulator<T> total = 0;
 #pragma unroll
-  for (int j = 0; j < kChannelPack; ++j) scratch[block.row][block.column + j] = sums[j];
-  __syncthreads();
-  A total = 0;
-#pragma unroll
-  for (int i = 0; i < kRowSpacing; ++i) total += scratch[i][block.own];
+  for (int i = 0; i < kRowSpacing; ++i) total += sums[i][block.own];
   if (block.own < block.channels) block.channel_row(partial, row)[block.own] = total;
 }
 
@@ -252,11 +275,13 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   const Block<T, Channels> block(p);
   auto& memory = *reinterpret_cast<Memory<A, Channels>*>(shared_memory());
   const Sequences& sequences = block.sequences;
-  const bool held_at_once = p.d_state <= kStatesAtOnce<A>, gated = p.z.data != nullptr;
+  const bool held_at_once = p.d_state <= kStatesAtOnce<A>;
+  const bool gated = p.z.data != nullptr;
+  constexpr int rows_at_once = kRowsAtOnce<T>;
   const int64_t row = block.batch * p.chunks + block.chunk;
   A* carry = p.carry == nullptr ? nullptr : block.channel_row(p.carry, row, p.d_state);
   A* dA_row = block.channel_row(p.dA_partial, row, p.d_state);
-  Thread<T, Channels> thread{block, memory};
+  Thread<T, Channels> thread{block, memory, {}, {}, {}, {}};
 
   // A sequence of no steps hands the gradient of its final state to its initial one.
   const auto pass_through = [&](int64_t s, int64_t first) {
@@ -276,7 +301,10 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   }
   memory.delta_bias[block.own] = block.parameter(p.delta_bias, block.own);
   memory.D[block.own] = block.parameter(p.D, block.own);
-  A dD[kChannelPack] = {}, ddelta_bias[kChannelPack] = {};
+#pragma unroll
+  for (int i = 0; i < kRowSpacing; ++i) {
+    memory.dD[i][block.own] = memory.ddelta_bias[i][block.own] = 0;
+  }
   __syncthreads();
 
   const PackInput<T> u_input = pack_input(block, p.u), delta_input = pack_input(block, p.delta),
@@ -288,28 +316,47 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   for (int64_t tile = tiles - 1; tile >= 0; --tile) {
     const int64_t begin = block.begin + tile * kCudaTile;
     const int steps = steps_from(begin, block.end);
-    Kept<A> kept[kRowsPerThread][kChannelPack];
-    const auto input_at = [&](int k) {
-      const int row = block.row_of(k);
-      const int64_t time = begin + row;
-      return Inputs<T>{u_input.load(time, row < steps), delta_input.load(time, row < steps),
-                       dy_input.load(time, row < steps), z_input.load(time, gated && row < steps)};
-    };
-#pragma unroll(kRowsUnrolled<A>)
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      const int row = block.row_of(k);
-      const Inputs<T> inputs = input_at(k);
+    KeptByThread<A, Channels> kept(memory);
+    A bias[kChannelPack], dD[kChannelPack];
+    load_quads(&memory.delta_bias[block.column], bias);
+    load_quads(&memory.dD[block.row][block.column], dD);
+#pragma unroll 1
+    for (int group = 0; group < kRowsPerThread; group += rows_at_once) {
+      const int first_row = block.row_of(group);
+      ChannelPack<T> u[rows_at_once] = {}, delta[rows_at_once] = {}, dy[rows_at_once] = {},
+                     z[rows_at_once] = {};
+      u_input.load_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, u);
+      delta_input.load_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, delta);
+      dy_input.load_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, dy);
+      if (gated) z_input.load_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, z);
+      with_flag(p.delta_softplus, [&](auto delta_softplus) {
+        with_flag(gated, [&](auto gated) {
 #pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) {
-        const A u = to_accumulator(inputs.u.values[j]);
-        const Prepared<A> prepared =
-            prepare(inputs, j, memory.delta_bias[block.column + j], p.delta_softplus, gated);
-        if constexpr (!kPreparedAgain<A>) kept[k][j] = prepared.kept;
-        dD[j] += prepared.dy * u;
-        memory.dy[row][block.column + j] = prepared.dy;
-        memory.dt_and_dtu[row][block.column + j] = {prepared.dt, prepared.dt * u};
-      }
+          for (int k = 0; k < rows_at_once; ++k) {
+            const int row = first_row + k * kRowSpacing;
+            A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack], dy_values[kChannelPack],
+                gate[kChannelPack];
+            widen(u[k], u_values);
+            widen(delta[k], dt);
+            widen(dy[k], dy_values);
+            widen(z[k], gate);
+#pragma unroll
+            for (int j = 0; j < kChannelPack; ++j) {
+              const Prepared<A> at = prepared(dt[j], bias[j], dy_values[j], gate[j],
+                                              delta_softplus.value, gated.value);
+              kept.at(group + k, j) = at.kept;
+              dt[j] = at.dt;
+              dtu[j] = at.dt * u_values[j];
+              dy_values[j] = at.dy;
+              dD[j] += at.dy * u_values[j];
+            }
+            store_quads(dy_values, &memory.dy[row][block.column]);
+            store_pairs(dt, dtu, &memory.dt_and_dtu[row][block.column]);
+          }
+        });
+      });
     }
+    store_quads(dD, &memory.dD[block.row][block.column]);
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();  // all are done with the states before
       load_states_tile(block, p.B, begin, steps, first, &memory.B[0][0]);
@@ -332,8 +379,12 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
           thread.h.load_saved(block, begin / kCudaTile, first);
         }
         const int64_t stop = start > begin ? start : begin;
-        recompute(thread, int(stop - begin), int(time - begin), gated, first > 0);
-        reverse(thread, int(stop - begin), int(time - begin), first > 0);
+        const int low = int(stop - begin), high = int(time - begin);
+        with_flag(first > 0, [&](auto add) {
+          with_flag(gated,
+                    [&](auto gated) { recompute<gated.value, add.value>(thread, low, high); });
+          reverse<add.value>(thread, low, high);
+        });
         time = stop;
         if (time == start && p.dinitial_state != nullptr) {
           thread.a_g.store(block, sequence_row(block, p.dinitial_state, s), first);
@@ -351,55 +402,59 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
       store_group_sums(block, memory, begin, steps, first);
     }
 
-#pragma unroll(kRowsUnrolled<A>)
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      const int row = block.row_of(k);
-      if (row >= steps) continue;
-      Inputs<T> inputs;
-      if constexpr (kPreparedAgain<A>) {
-        inputs = input_at(k);
-      } else {
-        inputs.u = u_input.load(begin + row, true);
-      }
-      ChannelPack<T> du, ddelta, dz;
+#pragma unroll 1
+    for (int group = 0; group < kRowsPerThread; group += rows_at_once) {
+      const int first_row = block.row_of(group);
+      ChannelPack<T> u[rows_at_once] = {}, du[rows_at_once], ddelta[rows_at_once], dz[rows_at_once];
+      u_input.load_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, u);
+      with_flag(gated, [&](auto gated) {
 #pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) {
-        constexpr A ln2 = A(0.69314718055994531);
-        const int c = block.column + j;
-        const A u = to_accumulator(inputs.u.values[j]), g_B = memory.sums[row][c].values[0],
-                g_A = memory.sums[row][c].values[1] * ln2;
-        du.values[j] = from_accumulator<T>(g_B * memory.dt_and_dtu[row][c].values[0] +
-                                           memory.D[c] * memory.dy[row][c]);
-        Kept<A> at;
-        if constexpr (kPreparedAgain<A>) {
-          at =
-              prepare(inputs, j, memory.delta_bias[block.column + j], p.delta_softplus, gated).kept;
-        } else {
-          at = kept[k][j];
+        for (int k = 0; k < rows_at_once; ++k) {
+          constexpr A ln2 = A(0.69314718055994531);
+          const int row = first_row + k * kRowSpacing;
+          A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack], g_B[kChannelPack],
+              g_A[kChannelPack], dy[kChannelPack], y[kChannelPack];
+          A D[kChannelPack], ddelta_bias[kChannelPack];
+          load_quads(&memory.D[block.column], D);
+          load_quads(&memory.ddelta_bias[block.row][block.column], ddelta_bias);
+          widen(u[k], u_values);
+          load_pairs(&memory.dt_and_dtu[row][block.column], dt, dtu);
+          load_pairs(&memory.sums[row][block.column], g_B, g_A);
+          load_quads(&memory.dy[row][block.column], dy);
+          if constexpr (gated.value) load_quads(&memory.y[row][block.column], y);
+#pragma unroll
+          for (int j = 0; j < kChannelPack; ++j) {
+            const Kept<A>& at = kept.at(group + k, j);
+            const A du_value = g_B[j] * dt[j] + D[j] * dy[j];
+            const A ddelta_value = (g_B[j] * u_values[j] + g_A[j] * ln2) * at.derivative;
+            // Rows past the end hold what an earlier tile left.
+            if (row < steps) ddelta_bias[j] += ddelta_value;
+            if constexpr (gated.value) y[j] = at.dz * (y[j] + D[j] * u_values[j]);
+            dt[j] = du_value;
+            g_A[j] = ddelta_value;
+          }
+          store_quads(ddelta_bias, &memory.ddelta_bias[block.row][block.column]);
+          du[k] = narrowed<T>(dt);
+          ddelta[k] = narrowed<T>(g_A);
+          if constexpr (gated.value) dz[k] = narrowed<T>(y);
         }
-        const A gradient = (g_B * u + g_A) * at.derivative;
-        ddelta.values[j] = from_accumulator<T>(gradient);
-        ddelta_bias[j] += gradient;
-        if (gated) {
-          dz.values[j] = from_accumulator<T>(at.dz * (memory.y[row][c] + memory.D[c] * u));
-        }
-      }
-      du_output.store(begin + row, du);
-      ddelta_output.store(begin + row, ddelta);
-      if (gated) dz_output.store(begin + row, dz);
+      });
+      du_output.store_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, du);
+      ddelta_output.store_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, ddelta);
+      if (gated) dz_output.store_rows(begin, first_row, kRowSpacing, steps, steps == kCudaTile, dz);
     }
     __syncthreads();  // all are done with the tile
   }
   if (held_at_once) thread.dA.store(block, dA_row, 0);
-  store_channel_sums(block, memory.y, dD, p.dD_partial, row);
-  store_channel_sums(block, memory.y, ddelta_bias, p.ddelta_bias_partial, row);
+  store_channel_sums(block, memory.dD, p.dD_partial, row);
+  store_channel_sums(block, memory.ddelta_bias, p.ddelta_bias_partial, row);
 }
 
 template <class F>
 void dispatch_block(DType dtype, int channels, F function) {
   dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (sizeof(T) < 8) {
+    if constexpr (sizeof(T) == 2) {
       if (channels == 64) return function(type, std::integral_constant<int, 64>());
     }
     function(type, std::integral_constant<int, 32>());

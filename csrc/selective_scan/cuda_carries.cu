@@ -87,21 +87,26 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
     const int64_t begin = block.begin + (kBackward ? tiles - 1 - tile : tile) * kCudaTile;
     const int steps = steps_from(begin, block.end);
     __syncthreads();  // all are done with the tile before
+    ChannelPack<T> input[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {};
+    main_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, input);
+    delta_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, delta);
+    if (gated) z_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, z);
+    with_flag(p.delta_softplus, [&](auto delta_softplus) {
 #pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      const int row = block.row_of(k);
-      const auto input = main_input.load(begin + row, row < steps);
-      const auto delta = delta_input.load(begin + row, row < steps);
-      const auto z = z_input.load(begin + row, gated && row < steps);
+      for (int k = 0; k < kRowsPerThread; ++k) {
+        A dt[kChannelPack], values[kChannelPack], gate[kChannelPack];
+        widen(delta[k], dt);
+        widen(input[k], values);
+        if (gated) widen(z[k], gate);
 #pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) {
-        const A dt = time_step(to_accumulator(delta.values[j]), bias[j], p.delta_softplus).value;
-        A value = to_accumulator(input.values[j]);
-        if (!kBackward) value *= dt;
-        if (gated) value *= silu(A(to_accumulator(z.values[j])));
-        memory.dt_and_input[row][block.column + j] = {dt, value};
+        for (int j = 0; j < kChannelPack; ++j) {
+          dt[j] = time_step(dt[j], bias[j], delta_softplus.value).value;
+          if (!kBackward) values[j] *= dt[j];
+          if (gated) values[j] *= silu(gate[j]);
+        }
+        store_pairs(dt, values, &memory.dt_and_input[block.row_of(k)][block.column]);
       }
-    }
+    });
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();
       load_states_tile(block, kBackward ? p.C : p.B, begin, steps, first, &memory.weights[0][0]);

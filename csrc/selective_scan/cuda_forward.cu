@@ -9,16 +9,16 @@ constexpr int kChannels = kCudaForwardChannels;
 // A block's shared memory: [step][channel] or [step][state].
 template <class A>
 struct Memory {
-  Pack<A, 2> dt_and_dtu[kCudaTile][kChannels];  // dt, dt * u
-  A y[kCudaTile][kChannels];
+  alignas(16) Pack<A, 2> dt_and_dtu[kCudaTile][kChannels];  // dt, dt * u
+  alignas(16) A y[kCudaTile][kChannels];
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
 };
 
 // Steps [first, last) of the tile. The sums over the states go to y, added to what is there.
-template <class T>
+template <bool kAdd, class T>
 __device__ __forceinline__ void advance(const Block<T, kChannels>& block,
                                         Memory<Accumulator<T>>& memory, int first, int last,
-                                        bool add, const States<Accumulator<T>>& A_log2e,
+                                        const States<Accumulator<T>>& A_log2e,
                                         States<Accumulator<T>>& h) {
   using A = Accumulator<T>;
   constexpr int held = kStatesHeld<A>;
@@ -40,7 +40,7 @@ __device__ __forceinline__ void advance(const Block<T, kChannels>& block,
       }
     }
     const A sum = sum_of_own(y[0], y[1]);
-    memory.y[step][block.own] = add ? memory.y[step][block.own] + sum : sum;
+    memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
   }
 }
 
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
                  ? nullptr
                  : block.channel_row(p.carry, block.batch * p.chunks + block.chunk, p.d_state);
   States<A> A_log2e, h;
-  SequenceCursor cursor;
+  SequenceCursor cursor{};
   const auto start = [&](int64_t s, int64_t time, int64_t first) {
     return start_sequences(
         block.sequences, s, time,
@@ -77,15 +77,13 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
                      z_input = pack_input(block, p.z);
   const PackOutput<T> y_output = pack_output(block, p.y);
   const bool gated = p.z.data != nullptr;
-  ChannelPack<T> next_u[kRowsPerThread], next_delta[kRowsPerThread], next_z[kRowsPerThread];
+  ChannelPack<T> next_u[kRowsPerThread] = {}, next_delta[kRowsPerThread] = {},
+                 next_z[kRowsPerThread] = {};
   const auto load_inputs = [&](int64_t begin) {
-#pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      const int64_t time = begin + block.row_of(k);
-      next_u[k] = u_input.load(time, time < block.end);
-      next_delta[k] = delta_input.load(time, time < block.end);
-      if (gated) next_z[k] = z_input.load(time, time < block.end);
-    }
+    const int steps = steps_from(begin, block.end);
+    u_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, next_u);
+    delta_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, next_delta);
+    if (gated) z_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, next_z);
   };
   A bias[kChannelPack], skip[kChannelPack];
 #pragma unroll
@@ -93,24 +91,31 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     bias[j] = block.parameter(p.delta_bias, block.column + j);
     skip[j] = block.parameter(p.D, block.column + j);
   }
-  if (block.begin < block.end) load_inputs(block.begin);
+  // float64 would take too many registers to load a tile while the one before is worked on.
+  constexpr bool ahead = sizeof(A) < 8;
+  if (ahead && block.begin < block.end) load_inputs(block.begin);
   for (int64_t begin = block.begin; begin < block.end; begin += kCudaTile) {
     const int steps = steps_from(begin, block.end);
+    if (!ahead) load_inputs(begin);
     ChannelPack<T> u[kRowsPerThread], z[kRowsPerThread];
+    with_flag(p.delta_softplus, [&](auto delta_softplus) {
 #pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      u[k] = next_u[k];
-      z[k] = next_z[k];
+      for (int k = 0; k < kRowsPerThread; ++k) {
+        u[k] = next_u[k];
+        z[k] = next_z[k];
+        A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack];
+        widen(u[k], u_values);
+        widen(next_delta[k], dt);
 #pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) {
-        const A delta = to_accumulator(next_delta[k].values[j]);
-        const A dt = time_step(delta, bias[j], p.delta_softplus).value;
-        memory.dt_and_dtu[block.row_of(k)][block.column + j] = {
-            dt, dt * to_accumulator(u[k].values[j])};
+        for (int j = 0; j < kChannelPack; ++j) {
+          dt[j] = time_step(dt[j], bias[j], delta_softplus.value).value;
+          dtu[j] = dt[j] * u_values[j];
+        }
+        store_pairs(dt, dtu, &memory.dt_and_dtu[block.row_of(k)][block.column]);
       }
-    }
+    });
     // In flight while the states advance.
-    if (begin + kCudaTile < block.end) load_inputs(begin + kCudaTile);
+    if (ahead && begin + kCudaTile < block.end) load_inputs(begin + kCudaTile);
 
     const SequenceCursor at_begin = cursor;
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
@@ -126,7 +131,9 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
       cursor = at_begin;
       for (int64_t time = begin; time < begin + steps;) {
         const int64_t stop = cursor.end < begin + steps ? cursor.end : begin + steps;
-        advance(block, memory, int(time - begin), int(stop - begin), first > 0, A_log2e, h);
+        with_flag(first > 0, [&](auto add) {
+          advance<add.value>(block, memory, int(time - begin), int(stop - begin), A_log2e, h);
+        });
         time = stop;
         if (time == cursor.end) {
           h.store(block, sequence_row(block, p.final_state, cursor.sequence), first);
@@ -140,18 +147,23 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     }
     __syncthreads();
 
+    ChannelPack<T> y[kRowsPerThread];
+    with_flag(gated, [&](auto gated) {
 #pragma unroll
-    for (int k = 0; k < kRowsPerThread; ++k) {
-      const int row = block.row_of(k);
-      ChannelPack<T> y;
+      for (int k = 0; k < kRowsPerThread; ++k) {
+        A values[kChannelPack], u_values[kChannelPack], gate[kChannelPack];
+        load_quads(&memory.y[block.row_of(k)][block.column], values);
+        widen(u[k], u_values);
+        if constexpr (gated.value) widen(z[k], gate);
 #pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) {
-        A value = memory.y[row][block.column + j] + skip[j] * to_accumulator(u[k].values[j]);
-        if (gated) value *= silu(A(to_accumulator(z[k].values[j])));
-        y.values[j] = from_accumulator<T>(value);
+        for (int j = 0; j < kChannelPack; ++j) {
+          values[j] += skip[j] * u_values[j];
+          if constexpr (gated.value) values[j] *= silu(gate[j]);
+        }
+        y[k] = narrowed<T>(values);
       }
-      if (row < steps) y_output.store(begin + row, y);
-    }
+    });
+    y_output.store_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, y);
   }
 }
 

@@ -86,13 +86,15 @@ __device__ __forceinline__ int steps_from(int64_t begin, int64_t end) {
 template <class T, int Channels>
 __device__ __forceinline__ PackInput<T> pack_input(const Block<T, Channels>& block,
                                                    const Strided3& input) {
-  return {input, block.batch, block.channel + block.column, block.channels - block.column};
+  return {input, block.batch, block.channel + block.column, block.channels - block.column,
+          block.p.channels / block.p.groups};
 }
 
 template <class T, int Channels>
 __device__ __forceinline__ PackOutput<T> pack_output(const Block<T, Channels>& block,
                                                      const Strided3Out& output) {
-  return {output, block.batch, block.channel + block.column, block.channels - block.column};
+  return {output, block.batch, block.channel + block.column, block.channels - block.column,
+          block.p.channels / block.p.groups};
 }
 
 // A tile of B or C, states [first, first + kStatesAtOnce) of the block's group: [step][state]. 0
@@ -104,27 +106,53 @@ __device__ __forceinline__ void load_states_tile(const Block<T, Channels>& block
   constexpr int states = kStatesAtOnce<Accumulator<T>>, packs_per_step = states / kChannelPack;
   const T* data =
       static_cast<const T*>(input.data) + block.batch * input.batch + block.group * input.group;
-  const bool packs = input.state == 1 && block.p.d_state % kChannelPack == 0 &&
-                     movable_in_packs<T>(data, input.time);
+  const bool packs =
+      input.group % kChannelPack == 0 &&
+      movable_in_packs<T>(input.data, input.batch, input.time, input.state, block.p.d_state);
+  constexpr int all = kCudaTile * packs_per_step, rounds = (all + Channels - 1) / Channels;
 #pragma unroll
-  for (int i = threadIdx.x; i < kCudaTile * packs_per_step; i += Channels) {
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * Channels + threadIdx.x;
+    if (all % Channels != 0 && i >= all) break;
     const int step = i / packs_per_step;
     const int64_t state = first + i % packs_per_step * kChannelPack;
     const T* source = data + (begin + step) * input.time + state * input.state;
     ChannelPack<T> pack{};
-    if (step < steps && state < block.p.d_state) {
-      if (packs) {
-        pack = *reinterpret_cast<const ChannelPack<T>*>(source);
-      } else {
-        for (int j = 0; j < kChannelPack; ++j) {
-          if (state + j < block.p.d_state) pack.values[j] = source[j * input.state];
-        }
+    if (packs) {
+      if (step < steps && state < block.p.d_state) pack = load_pack(source);
+    } else if (step < steps) {
+      for (int j = 0; j < kChannelPack; ++j) {
+        if (state + j < block.p.d_state) pack.values[j] = source[j * input.state];
       }
     }
+    Accumulator<T> values[kChannelPack];
+    widen(pack, values);
+    store_quads(values, tile + i * kChannelPack);
+  }
+}
+
+// Pairs of values for neighbouring channels, such as dt and dt * u.
+template <class A>
+__device__ __forceinline__ void store_pairs(const A (&first)[kChannelPack],
+                                            const A (&second)[kChannelPack], Pack<A, 2>* target) {
+  A values[2 * kChannelPack];
 #pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) {
-      tile[i * kChannelPack + j] = to_accumulator(pack.values[j]);
-    }
+  for (int j = 0; j < kChannelPack; ++j) {
+    values[2 * j] = first[j];
+    values[2 * j + 1] = second[j];
+  }
+  store_quads(values, target->values);
+}
+
+template <class A>
+__device__ __forceinline__ void load_pairs(const Pack<A, 2>* source, A (&first)[kChannelPack],
+                                           A (&second)[kChannelPack]) {
+  A values[2 * kChannelPack];
+  load_quads(source->values, values);
+#pragma unroll
+  for (int j = 0; j < kChannelPack; ++j) {
+    first[j] = values[2 * j];
+    second[j] = values[2 * j + 1];
   }
 }
 
@@ -169,28 +197,39 @@ struct States {
     });
   }
 
-  // The state on entering the tile, kept as (B, tiles * N, D).
-  template <class T, int Channels>
-  __device__ __forceinline__ A* saved_row(const Block<T, Channels>& block, int64_t tile) const {
-    return block.channel_row(block.p.saved_states,
-                             (block.batch * block.p.tiles + tile) * block.p.d_state);
+  // Calls function(value, place, whether there is one) for the state on entering a tile, which is
+  // kept as (B, tiles * N, D).
+  template <class T, int Channels, class F>
+  __device__ __forceinline__ void each_saved(const Block<T, Channels>& block, int64_t tile,
+                                             int64_t first, F function) {
+    const SelectiveScanParams& p = block.p;
+    with_flag(first + 2 * count <= p.d_state, [&](auto all) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int c = block.channel_of(k);
+        int64_t n = first + block.half * count;
+        A* place =
+            block.channel_row(p.saved_states, (block.batch * p.tiles + tile) * p.d_state + n) + c;
+#pragma unroll
+        for (int i = 0; i < count; ++i, ++n, place += p.channels) {
+          function(values[k][i], place, c < block.channels && (all.value || n < p.d_state));
+        }
+      }
+    });
   }
 
   template <class T, int Channels>
   __device__ __forceinline__ void load_saved(const Block<T, Channels>& block, int64_t tile,
                                              int64_t first) {
-    const A* row = saved_row(block, tile);
-    each(block, first, [&](A& value, int c, int64_t n, bool exists) {
-      value = exists ? row[n * block.p.channels + c] : A(0);
-    });
+    each_saved(block, tile, first,
+               [](A& value, const A* place, bool exists) { value = exists ? *place : A(0); });
   }
 
   template <class T, int Channels>
   __device__ __forceinline__ void save(const Block<T, Channels>& block, int64_t tile,
                                        int64_t first) {
-    A* row = saved_row(block, tile);
-    each(block, first, [&](A& value, int c, int64_t n, bool exists) {
-      if (exists) row[n * block.p.channels + c] = value;
+    each_saved(block, tile, first, [](A value, A* place, bool exists) {
+      if (exists) *place = value;
     });
   }
 
