@@ -100,11 +100,22 @@ template <class V>
   return __builtin_bit_cast(V, __builtin_bit_cast(Int, p) + k);
 }
 
+// 2^x for x in [-126, 127.4]: the bits of exp2, in fewer instructions.
+template <class V>
+[[gnu::always_inline]] inline V exp2_in_range(V x) {
+  if constexpr (is_float64<V>) {
+    return map_lanes(x, [](double lane) { return ::exp2(lane); });
+  } else {
+    const V shifted = x + kRoundingShift;
+    return scale_by_exponent(exp2_fraction(V(x - (shifted - kRoundingShift))), shifted);
+  }
+}
+
 // 2^x. At most 2 ULP for x in [-126, 128), infinity above; below, a value in [0, 2^-126].
 template <class V>
 [[gnu::always_inline]] inline V exp2(V x) {
   if constexpr (is_float64<V>) {
-    return map_lanes(x, [](double lane) { return ::exp2(lane); });
+    return exp2_in_range(x);
   } else {
 #if defined(__AVX512F__)
     if constexpr (sizeof(V) == 64) {
@@ -115,9 +126,7 @@ template <class V>
     }
 #endif
     x = max_keep_nan(V(V{} - 127.0f), x);
-    x = min_keep_nan(V(V{} + 128.0f), x);
-    const V shifted = x + kRoundingShift;
-    return scale_by_exponent(exp2_fraction(V(x - (shifted - kRoundingShift))), shifted);
+    return exp2_in_range(min_keep_nan(V(V{} + 128.0f), x));
   }
 }
 

@@ -259,6 +259,14 @@ template <class V>
   return lanes[0];
 }
 
+// Whether every lane is at most the bound; a NaN is not.
+template <class V>
+[[gnu::always_inline]] inline bool all_at_most(V v, ScalarOf<V> bound) {
+  bool all = true;
+  for (int lane = 0; lane < VectorTraits<V>::lanes; ++lane) all &= v[lane] <= bound;
+  return all;
+}
+
 // One level of sums_of_vectors: lanes without the bit `Half` sum pairs of a's, the others of b's.
 template <int Half, class V, int... Lane>
 [[gnu::always_inline]] inline V sum_halves(V a, V b, std::integer_sequence<int, Lane...>) {

@@ -45,7 +45,7 @@ struct Run : Tiles<T, BackwardTiles> {
 
 // h of `Count` states from n of one column over the segment, with C . h added to y where it is
 // gated. The first column of a block clears the sums of dB and dC.
-template <int Count, class T>
+template <int Count, bool InRange, class T>
 void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
   using V = typename Run<T>::V;
   constexpr int lanes = Run<T>::lanes;
@@ -66,7 +66,7 @@ void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
     const V dt_u_step = load_vector<V>(dt_u + step * lanes);
     V y_step{};
     for (int i = 0; i < Count; ++i, work += kWork * lanes) {
-      const V a = exp2(V(dt_step * A_log2e[i]));
+      const V a = decay<InRange>(V(dt_step * A_log2e[i]));
       h[i] = a * h[i] + dt_u_step * B[step * d_state + i];
       y_step += h[i] * C[step * d_state + i];
       store_vector(work + kDecay * lanes, a);
@@ -170,7 +170,9 @@ void backward_states(Run<T>& run, const Segment& segment, int64_t block, int64_t
   const int64_t first = block * block_columns, columns = run.run.columns;
   const int64_t last = first + block_columns < columns ? first + block_columns : columns;
   for (int64_t column = first; column < last; ++column) {
-    recompute_states<Count>(run, n, column, column == first);
+    run.exponents_in_range(column)
+        ? recompute_states<Count, true>(run, n, column, column == first)
+        : recompute_states<Count, false>(run, n, column, column == first);
     reverse_states<Count>(run, n, column);
   }
   store_sums<Count>(run, segment, block, n, kDB, run.p.dB_partial);
@@ -184,6 +186,7 @@ void prepare_gradient(Run<T>& run, const Segment& segment) {
   constexpr int lanes = Run<T>::lanes;
   run.load_input(run.p.dy, segment, BackwardTiles::kDy);
   for (int64_t c = 0; c < run.run.columns; ++c) {
+    run.prepare_column(c);
     auto *z = run.column(c, BackwardTiles::kZ), *dy = run.column(c, BackwardTiles::kDy);
     auto *g_B = run.column(c, BackwardTiles::kGB), *g_A = run.column(c, BackwardTiles::kGA);
     const auto* u = run.column(c, BackwardTiles::kU);

@@ -50,6 +50,7 @@ template <class T, class Which>
 struct Tiles {
   using A = Accumulator<T>;
   using V = Vector<A>;
+  using IntScalar = typename VectorTraits<V>::IntScalar;
   static constexpr int lanes = kLanes<A>;
   // One row more than there are steps: the processor confuses addresses that are the same within
   // 4096 bytes, as those of one step in two tiles would else be.
@@ -63,7 +64,7 @@ struct Tiles {
   }
 
   static int64_t scratch_size(const SelectiveScanParams& p) {
-    return max_channels(p) * (Which::kCount * rows + 2 + 2 * p.d_state) + 2 * p.d_state * kTimeTile;
+    return max_channels(p) * (Which::kCount * rows + 4 + 2 * p.d_state) + 2 * p.d_state * kTimeTile;
   }
 
   Tiles(const SelectiveScanParams& p, const ChannelRun& run, Scratch<A>& scratch)
@@ -73,13 +74,23 @@ struct Tiles {
     delta_bias = scratch.take(channels);
     A_log2e = scratch.take(p.d_state * channels);
     h = scratch.take(p.d_state * channels);
+    steepest = scratch.take(channels);
+    largest_exponent = scratch.take(channels);
     B = scratch.take(p.d_state * kTimeTile);
     C = scratch.take(p.d_state * kTimeTile);
     load_channel_parameter(p.D, D);
     load_channel_parameter(p.delta_bias, delta_bias);
     // A carries log2(e), so that the decay is one exp2.
     load_by_state(p.A, run.channel, A_log2e);
-    for (int64_t i = 0; i < p.d_state * channels; ++i) A_log2e[i] *= A(1.4426950408889634);
+    for (int64_t c = 0; c < channels; ++c) steepest[c] = 0;
+    for (int64_t n = 0; n < p.d_state; ++n) {
+      for (int64_t c = 0; c < channels; ++c) {
+        A& value = A_log2e[n * channels + c];
+        value *= A(1.4426950408889634);
+        const A steepness = value < 0 ? -value : value;
+        if (steepness > steepest[c] || steepness != steepness) steepest[c] = steepness;
+      }
+    }
   }
 
   // A column's rows of one tile.
@@ -147,7 +158,7 @@ struct Tiles {
                   column(0, which), {Which::kCount * rows * lanes, lanes});
   }
 
-  // Brings in the segment's inputs; y begins as D u.
+  // Brings in the segment's inputs.
   void load(const Segment& segment) {
     steps = segment.end - segment.begin;
     load_input(p.u, segment, Which::kU);
@@ -155,24 +166,37 @@ struct Tiles {
     if (gated()) load_input(p.z, segment, Which::kZ);
     load_input(p.B, segment, B);
     load_input(p.C, segment, C);
-    for (int64_t c = 0; c < run.columns; ++c) {
-      const V bias = load_vector<V>(delta_bias + c * lanes), skip = load_vector<V>(D + c * lanes);
-      A *u = column(c, Which::kU), *delta = column(c, Which::kDelta), *y = column(c, Which::kY);
-      A *dt = column(c, Which::kDt), *dt_u = column(c, Which::kDtU);
-      for (int64_t at = 0; at < steps * lanes; at += lanes) {
-        const V biased = load_vector<V>(delta + at) + bias, u_step = load_vector<V>(u + at);
-        V dt_step = biased, derivative = V{} + A(1);
-        if (p.delta_softplus) {
-          const Softplus<V> softplus = softplus_with_derivative(biased);
-          dt_step = softplus.value;
-          derivative = softplus.derivative;
-        }
-        if constexpr (Which::kDelta != Which::kDt) store_vector(delta + at, derivative);
-        store_vector(dt + at, dt_step);
-        store_vector(dt_u + at, V(dt_step * u_step));
-        store_vector(y + at, V(skip * u_step));
+  }
+
+  // Of a loaded column, what is the same for all states; y begins as D u.
+  void prepare_column(int64_t c) const {
+    using Int = typename VectorTraits<V>::Int;
+    const V bias = load_vector<V>(delta_bias + c * lanes), skip = load_vector<V>(D + c * lanes);
+    A *u = column(c, Which::kU), *delta = column(c, Which::kDelta), *y = column(c, Which::kY);
+    A *dt = column(c, Which::kDt), *dt_u = column(c, Which::kDtU);
+    Int largest_dt{};  // as bits without the sign, of which a NaN's are the largest
+    for (int64_t at = 0; at < steps * lanes; at += lanes) {
+      const V biased = load_vector<V>(delta + at) + bias, u_step = load_vector<V>(u + at);
+      V dt_step = biased, derivative = V{} + A(1);
+      if (p.delta_softplus) {
+        const Softplus<V> softplus = softplus_with_derivative(biased);
+        dt_step = softplus.value;
+        derivative = softplus.derivative;
       }
+      if constexpr (Which::kDelta != Which::kDt) store_vector(delta + at, derivative);
+      store_vector(dt + at, dt_step);
+      store_vector(dt_u + at, V(dt_step * u_step));
+      store_vector(y + at, V(skip * u_step));
+      const Int bits = __builtin_bit_cast(Int, dt_step) & std::numeric_limits<IntScalar>::max();
+      largest_dt = bits > largest_dt ? bits : largest_dt;
     }
+    const V steepness = load_vector<V>(steepest + c * lanes);
+    store_vector(largest_exponent + c * lanes, V(steepness * __builtin_bit_cast(V, largest_dt)));
+  }
+
+  // Whether all decays of a prepared column can be had by exp2_in_range.
+  bool exponents_in_range(int64_t c) const {
+    return all_at_most(load_vector<V>(largest_exponent + c * lanes), A(126));
   }
 
   // Asks for rows of the inputs of the segment that comes next, for the part of the work on this
@@ -198,8 +222,14 @@ struct Tiles {
   ChannelRun run;
   int64_t channels;  // with the last column's empty lanes
   int64_t steps = 0;
-  A *tiles, *D, *delta_bias, *A_log2e, *h, *B, *C;
+  A *tiles, *D, *delta_bias, *A_log2e, *h, *steepest, *largest_exponent, *B, *C;
 };
+
+// 2^x, given whether x is known to be within exp2_in_range's range.
+template <bool InRange, class V>
+[[gnu::always_inline]] inline V decay(V x) {
+  return InRange ? exp2_in_range(x) : exp2(x);
+}
 
 // Calls kernel(run, scratch) for the runs in work items [begin, end), each with fresh scratch.
 template <class A, class F>
