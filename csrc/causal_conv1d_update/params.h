@@ -21,8 +21,8 @@ struct CausalConv1dUpdateParams {
   const int64_t* state_rows;  // (B), negative is padding
 
   Strided3 x;
-  const void* weight;  // (W, D) contiguous
-  const void* bias;    // (D)
+  const void* taps;  // (D, W) contiguous
+  const void* bias;  // (D)
   Strided3Out y;
 };
 

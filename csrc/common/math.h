@@ -100,7 +100,7 @@ template <class V>
   return __builtin_bit_cast(V, __builtin_bit_cast(Int, p) + k);
 }
 
-// 2^x for x in [-126, 127.4]: the bits of exp2, in fewer instructions.
+// 2^x for x in [-126, 127.4], within exp2's bound, in fewer instructions.
 template <class V>
 [[gnu::always_inline]] inline V exp2_in_range(V x) {
   if constexpr (is_float64<V>) {
@@ -130,6 +130,17 @@ template <class V>
   }
 }
 
+// e^r for r in [-ln 2 / 2, ln 2 / 2]: exp2_fraction's polynomial of r log2(e).
+template <class V>
+[[gnu::always_inline]] inline V exp_remainder(V r) {
+  V p = r * 1.384365381e-03f + 8.374155516e-03f;
+  p = p * r + 4.166800204e-02f;
+  p = p * r + 1.666643126e-01f;
+  p = p * r + 4.999999420e-01f;
+  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
 // e^x. At most 2 ULP where the result is a normal number; 0 below that, infinity above.
 template <class V>
 [[gnu::always_inline]] inline V exp(V x) {
@@ -138,10 +149,19 @@ template <class V>
   } else {
     // The high part of ln 2 has 15 trailing zero bits, so its product with k is exact.
     constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {
+      constexpr int to_integer = 0 | 8;  // the nearest one; no exceptions
+      x = min_keep_nan(V(V{} + 90.0f), max_keep_nan(V(V{} - 105.0f), x));
+      const V k = V(_mm512_roundscale_ps(__m512(V(x * kLog2E)), to_integer));
+      const V p = exp_remainder(V((x - k * ln2_high) - k * ln2_low));
+      const V result = V(_mm512_scalef_ps(__m512(p), __m512(k)));
+      return x < -87.3365402f ? V{} : result;
+    }
+#endif
     const V shifted = x * kLog2E + kRoundingShift;
     const V k = shifted - kRoundingShift;
-    const V remainder = (x - k * ln2_high) - k * ln2_low;
-    const V result = scale_by_exponent(exp2_fraction(V(remainder * kLog2E)), shifted);
+    const V result = scale_by_exponent(exp_remainder(V((x - k * ln2_high) - k * ln2_low)), shifted);
     const V zero = V{}, infinity = V{} + std::numeric_limits<float>::infinity();
     const V bounded = x < -87.3365402f ? zero : result;
     return x > 88.7228394f ? infinity : bounded;

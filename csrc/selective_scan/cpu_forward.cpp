@@ -52,10 +52,8 @@ void advance_column(Run<T>& tiles, int64_t column) {
 }
 
 template <class T>
-void forward_column(Run<T>& tiles, int64_t column, const Segment* next) {
+void forward_column(Run<T>& tiles, int64_t column) {
   using V = typename Run<T>::V;
-  if (next != nullptr) tiles.prefetch(*next, column, tiles.run.columns);
-  tiles.prepare_column(column);
   tiles.exponents_in_range(column) ? advance_column<true>(tiles, column)
                                    : advance_column<false>(tiles, column);
   if (!tiles.gated()) return;
@@ -83,8 +81,14 @@ void forward_run(Run<T> tiles) {
       }
       tiles.load(segment);
       const Segment* next = s + 1 < p.segment_count ? &segment + 1 : nullptr;
-      for (int64_t column = 0; column < run.columns; ++column) forward_column(tiles, column, next);
-      tiles.store_output(ForwardTiles::kY, segment, p.y);
+      for (int64_t first = 0; first < run.columns; first += tiles.strip_columns) {
+        tiles.load_strip(segment, first);
+        for (int64_t c = first; c < tiles.strip_end(first); ++c) {
+          tiles.prefetch_next(segment, next, first, c - first, tiles.strip_columns);
+          forward_column(tiles, c);
+        }
+        tiles.store_output(ForwardTiles::kY, segment, first, p.y);
+      }
     }
     if (segment.ends()) tiles.store_by_state(tiles.h, tiles.state_row(segment), p.final_state);
   }
