@@ -168,7 +168,7 @@ template <class V>
   }
 }
 
-// log(1 + x) for x in [0, 1]: x times a minimax polynomial of relative error 2^-27.7. At most 2
+// log(1 + x) for x in [0, 1]: x times a minimax polynomial of relative error 2^-27.7. At most 3
 // ULP.
 template <class V>
 [[gnu::always_inline]] inline V log1p_unit(V x) {
