@@ -27,7 +27,7 @@ FORWARD, STEP = "forward", "training step"
 
 
 def measure_block(settings: Settings) -> Results:
-    keep_freed_memory()
+    """With the allocator as users have it: what an implementation allocates costs it."""
     results = Results()
     for count in settings.threads:
         for length in sorted({settings.quadratic_length, settings.length}):

@@ -43,7 +43,7 @@ def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
     least, most = min(values.values()), max(values.values())
     bars = axes.barh(list(values), list(values.values()), log=most > 10 * least)
     axes.bar_label(bars, [engineering(value) for value in values.values()], padding=3)
-    axes.set(title=title, xlim=(least / 3, most * 5) if most > 10 * least else (0, most * 1.3))
+    axes.set(title=title, xlim=(least / 3, most * 5) if most > 10 * least else (0, most * 1.4))
     axes.xaxis.set_major_formatter(EngFormatter(unit))
     axes.invert_yaxis()
 

@@ -50,6 +50,7 @@ py::dict build_info() {
 
 constexpr std::pair<const char*, MathFunction> kMathFunctions[] = {
     {"exp2", MathFunction::exp2},
+    {"exp2_in_range", MathFunction::exp2_in_range},
     {"exp", MathFunction::exp},
     {"log1p_unit", MathFunction::log1p_unit},
     {"sigmoid", MathFunction::sigmoid},

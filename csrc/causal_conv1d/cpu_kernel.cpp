@@ -50,6 +50,25 @@ class Item {
     return true;
   }
 
+  // Asks for row `step` of the segment that the next item has in this one's place.
+  void prefetch(int64_t step) const {
+    const bool last = channel + kConvChannelBlock >= p.channels;
+    const int64_t to = last ? 0 : channel + kConvChannelBlock;
+    const int64_t count = p.channels - to < kConvChannelBlock ? p.channels - to : kConvChannelBlock;
+    const int64_t t = segment.begin + step + (last ? kConvSegmentChunk * kTimeTile : 0);
+    if (t >= p.length) return;
+    for (const Strided3* input : {&p.x, &p.dy}) {
+      if (input->data != nullptr && input->channel == 1) {
+        prefetch_row<T>(input->data, batch * input->batch + t * input->time + to, count);
+      }
+    }
+    for (const Strided3Out* output : {&p.y, &p.dx}) {
+      if (output->data != nullptr) {
+        prefetch_row<T>(output->data, batch * output->batch + t * output->time + to, count);
+      }
+    }
+  }
+
   // Inputs [begin, end) of the whole row: x, or the initial state before the sequence.
   void load_inputs(int64_t begin, int64_t end, A* rows) const {
     for (; begin < segment.sequence_begin && begin < end; ++begin, rows += stride) {
@@ -106,23 +125,22 @@ constexpr int kRowsAtOnce = Width > 0 ? 4 : 1;
 
 // The outputs of `Rows` steps, x being the row of the first one's first input.
 template <int Width, int Rows, class T>
-void forward_rows(const Item<T>& item, const Accumulator<T>* x, Accumulator<T>* y, T* target) {
+void forward_rows(const Item<T>& item, const Accumulator<T>* x, T* target) {
   using V = Vector<Accumulator<T>>;
   for (int64_t c = 0; c < item.channels; c += item.lanes) {
     V sums[Rows];
     for (V& sum : sums) sum = load_vector<V>(item.bias + c);
     item.template convolve<Width, 1>(x, c, sums);
+    const int64_t rest = item.channels - c < item.lanes ? item.channels - c : item.lanes;
     for (int row = 0; row < Rows; ++row) {
-      store_vector(y + row * item.stride + c, item.p.silu ? silu(sums[row]) : sums[row]);
+      store_converted(target + row * item.p.y.time + c, 1,
+                      item.p.silu ? silu(sums[row]) : sums[row], rest);
     }
-  }
-  for (int row = 0; row < Rows; ++row) {
-    store_row(target + row * item.p.y.time, item.channels, y + row * item.stride, item.lanes);
   }
 }
 
 template <int Width, class T>
-void forward_segment(const Item<T>& item, Accumulator<T>* x, Accumulator<T>* y) {
+void forward_segment(const Item<T>& item, Accumulator<T>* x) {
   constexpr int64_t stride = Item<T>::stride;
   constexpr int rows = kRowsAtOnce<Width>;
   const CausalConv1dParams& p = item.p;
@@ -133,10 +151,11 @@ void forward_segment(const Item<T>& item, Accumulator<T>* x, Accumulator<T>* y) 
       static_cast<T*>(p.y.data) + item.batch * p.y.batch + segment.begin * p.y.time + item.channel;
   int64_t step = 0;
   for (; step + rows <= item.steps; step += rows) {
-    forward_rows<Width, rows>(item, x + step * stride, y, target + step * p.y.time);
+    for (int row = 0; row < rows; ++row) item.prefetch(step + row);
+    forward_rows<Width, rows>(item, x + step * stride, target + step * p.y.time);
   }
   for (; step < item.steps; ++step) {
-    forward_rows<Width, 1>(item, x + step * stride, y, target + step * p.y.time);
+    forward_rows<Width, 1>(item, x + step * stride, target + step * p.y.time);
   }
   if (!segment.ends()) return;
   for (int64_t row = 0; row < before; ++row) {
@@ -147,8 +166,7 @@ void forward_segment(const Item<T>& item, Accumulator<T>* x, Accumulator<T>* y) 
 template <int Width, class T>
 void forward_item(Item<T> item, Scratch<Accumulator<T>>& scratch) {
   auto* x = scratch.take((kTimeTile + item.p.width - 1) * item.stride);
-  auto* y = scratch.take(kRowsAtOnce<Width> * item.stride);
-  for (int64_t i = 0; item.next_segment(i); ++i) forward_segment<Width>(item, x, y);
+  for (int64_t i = 0; item.next_segment(i); ++i) forward_segment<Width>(item, x);
 }
 
 // Turns rows of dy into rows of dpre, the gradient before the SiLU.
@@ -263,6 +281,7 @@ void backward_segment(const Item<T>& item, Accumulator<T>* x, Accumulator<T>* dp
   int64_t step = segment.starts() ? -around : 0;
   for (; step < 0; ++step) input_gradient<Width, 1>(item, dpre, dx, step);
   for (; step + rows_at_once <= item.steps; step += rows_at_once) {
+    for (int row = 0; row < rows_at_once; ++row) item.prefetch(step + row);
     input_gradient<Width, rows_at_once>(item, dpre, dx, step);
   }
   for (; step < item.steps; ++step) input_gradient<Width, 1>(item, dpre, dx, step);

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// Lanes are channels.
 #include "../common/simd.h"
 #include "params.h"
 
@@ -6,30 +8,45 @@ namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
 namespace {
 
+// `count` channels from c of row b, no more than there are lanes.
+template <class T, class S>
+void update_channels(const CausalConv1dUpdateParams& p, int64_t b, int64_t c, int64_t count) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  T* y = static_cast<T*>(p.y.data) + b * p.y.batch + c;
+  const int64_t state_row = p.state_rows[b];
+  if (state_row < 0) {
+    store_converted(y, 1, V{}, count);
+    return;
+  }
+  S* state = static_cast<S*>(p.state) + state_row * p.state_row + c * p.state_channel;
+  const A* taps = static_cast<const A*>(p.taps) + c * p.width;
+  const V x = load_converted<A>(static_cast<const T*>(p.x.data) + b * p.x.batch + c * p.x.channel,
+                                p.x.channel, count);
+  V sum{};
+  if (p.bias != nullptr) sum = load_converted<A>(static_cast<const A*>(p.bias) + c, 1, count);
+  for (int64_t tap = 0; tap + 1 < p.width; ++tap, state += p.state_step) {
+    const V input = load_converted<A>(state, p.state_channel, count);
+    sum += load_converted<A>(taps + tap, p.width, count) * input;
+    const bool newest = tap + 2 == p.width;
+    // In its own type, an older input keeps its bits.
+    for (int64_t lane = 0; lane < count && !newest; ++lane) {
+      state[lane * p.state_channel] = state[p.state_step + lane * p.state_channel];
+    }
+    if (newest) store_converted(state, p.state_channel, x, count);
+  }
+  sum += load_converted<A>(taps + p.width - 1, p.width, count) * x;
+  store_converted(y, 1, p.silu ? silu(sum) : sum, count);
+}
+
 template <class T, class S>
 void update_rows(const CausalConv1dUpdateParams& p, int64_t begin, int64_t end) {
-  using A = Accumulator<T>;
-  const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t b = row / p.channels, c = row % p.channels;
-    T* y = static_cast<T*>(p.y.data) + b * p.y.batch + c;
-    const int64_t state_row = p.state_rows[b];
-    if (state_row < 0) {
-      *y = from_accumulator<T>(A(0));
-      continue;
-    }
-    S* state = static_cast<S*>(p.state) + state_row * p.state_row + c * p.state_channel;
-    const A x = to_accumulator(static_cast<const T*>(p.x.data)[b * p.x.batch + c * p.x.channel]);
-    A sum = bias == nullptr ? A(0) : bias[c];
-    for (int64_t tap = 0; tap + 1 < p.width; ++tap) {
-      sum += weight[tap * p.channels + c] * to_accumulator(state[tap * p.state_step]);
-    }
-    sum += weight[(p.width - 1) * p.channels + c] * x;
-    for (int64_t tap = 0; tap + 2 < p.width; ++tap) {
-      state[tap * p.state_step] = state[(tap + 1) * p.state_step];
-    }
-    if (p.width > 1) state[(p.width - 2) * p.state_step] = from_accumulator<S>(x);
-    *y = from_accumulator<T>(p.silu ? silu(sum) : sum);
+  while (begin < end) {
+    const int64_t b = begin / p.channels, c = begin % p.channels;
+    const int64_t row_end = end - begin < p.channels - c ? end - begin : p.channels - c;
+    const int64_t count = row_end < kLanes<Accumulator<T>> ? row_end : kLanes<Accumulator<T>>;
+    update_channels<T, S>(p, b, c, count);
+    begin += count;
   }
 }
 

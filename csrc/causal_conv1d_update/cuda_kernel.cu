@@ -20,16 +20,17 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const CausalConv1dUpda
     y = from_accumulator<T>(A(0));
     return;
   }
-  const A *weight = static_cast<const A*>(p.weight), *bias = static_cast<const A*>(p.bias);
+  const A *taps = static_cast<const A*>(p.taps) + c * p.width,
+          *bias = static_cast<const A*>(p.bias);
   const A x = to_accumulator(static_cast<const T*>(p.x.data)[b * p.x.batch + c * p.x.channel]);
   int64_t at = row * p.state_row + c * p.state_channel;
   A sum = bias == nullptr ? A(0) : bias[c];
   for (int64_t tap = 0; tap + 1 < p.width; ++tap, at += p.state_step) {
-    sum += weight[tap * p.channels + c] * load_state<A>(p.state_dtype, p.state, at);
+    sum += taps[tap] * load_state<A>(p.state_dtype, p.state, at);
     const A next = tap + 2 < p.width ? load_state<A>(p.state_dtype, p.state, at + p.state_step) : x;
     store_state(p.state_dtype, p.state, at, next);
   }
-  sum += weight[(p.width - 1) * p.channels + c] * x;
+  sum += taps[p.width - 1] * x;
   y = from_accumulator<T>(p.silu ? silu(sum) : sum);
 }
 

@@ -30,8 +30,7 @@ Tensor causal_conv1d_update(Tensor state, Tensor x, Tensor weight, OptionalTenso
                {{"rows", state.size(0)}, {"d_conv - 1", width.value - 1}, channels});
   check_state_rows(checks, state_indices, x.size(0), state.size(0));
   const Tensor y = torch::stable::new_empty(x, {x.size(0), channels.value});
-  const OptionalTensor weight_rows =
-      contiguous_as(torch::stable::transpose(weight, 0, 1), checks.accumulator_type());
+  const OptionalTensor taps = contiguous_as(weight, checks.accumulator_type());
   const OptionalTensor bias_row = contiguous_as(bias, checks.accumulator_type());
   p.dtype = checks.dtype();
   p.batch = x.size(0);
@@ -44,7 +43,7 @@ Tensor causal_conv1d_update(Tensor state, Tensor x, Tensor weight, OptionalTenso
   p.state_step = state.stride(1);
   p.state_channel = state.stride(2);
   p.x = strided_step_input(x);
-  p.weight = data_of(weight_rows);
+  p.taps = data_of(taps);
   p.bias = data_of(bias_row);
   p.y = {y.mutable_data_ptr(), channels.value, 0};
   run_update(p, checks, state_indices);

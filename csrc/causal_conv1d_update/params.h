@@ -22,8 +22,8 @@ struct CausalConv1dUpdateParams {
   int64_t rows;               // of the state
 
   Strided3 x;
-  const void* weight;  // (W, D) contiguous
-  const void* bias;    // (D)
+  const void* taps;  // (D, W) contiguous
+  const void* bias;  // (D)
   Strided3Out y;
 };
 

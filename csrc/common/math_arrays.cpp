@@ -27,6 +27,8 @@ void apply_math(MathFunction function, const float* x, float* y, int64_t count) 
   switch (function) {
     case MathFunction::exp2:
       return apply([](auto v) { return exp2(v); }, x, y, count);
+    case MathFunction::exp2_in_range:
+      return apply([](auto v) { return exp2_in_range(v); }, x, y, count);
     case MathFunction::exp:
       return apply([](auto v) { return exp(v); }, x, y, count);
     case MathFunction::log1p_unit:

@@ -11,6 +11,7 @@ namespace mambablock {
 
 enum class MathFunction {
   exp2,
+  exp2_in_range,
   exp,
   log1p_unit,
   sigmoid,

@@ -80,6 +80,15 @@ struct TileStrides {
   int64_t column, step;
 };
 
+// Asks for a row's memory ahead of its use.
+template <class T>
+inline void prefetch_row(const void* data, int64_t offset, int64_t channels) {
+  const char* row = reinterpret_cast<const char*>(static_cast<const T*>(data) + offset);
+  for (int64_t byte = 0; byte < channels * int64_t(sizeof(T)); byte += 64) {
+    __builtin_prefetch(row + byte);
+  }
+}
+
 // One step: `channels` elements, `stride` apart, to or from columns.
 template <class T>
 inline void load_row(const T* source, int64_t stride, int64_t channels, Accumulator<T>* target,
@@ -94,6 +103,36 @@ inline void load_row(const T* source, int64_t stride, int64_t channels, Accumula
     const int64_t rest = channels - c < lanes ? channels - c : lanes;
     for (int64_t lane = 0; lane < lanes; ++lane) {
       target[lane] = lane < rest ? to_accumulator(source[(c + lane) * stride]) : A(0);
+    }
+  }
+}
+
+// `count` elements, `stride` apart; the lanes past them are 0.
+template <class A, class T>
+[[gnu::always_inline]] inline Vector<A> load_converted(const T* source, int64_t stride,
+                                                       int64_t count) {
+  A lanes[kLanes<A>]{};
+  if (stride == 1 && count == kLanes<A>) {
+    for (int lane = 0; lane < kLanes<A>; ++lane) lanes[lane] = to_accumulator(source[lane]);
+  } else {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      lanes[lane] = to_accumulator(source[lane * stride]);
+    }
+  }
+  return load_vector<Vector<A>>(lanes);
+}
+
+// The first `count` lanes, `stride` apart, as the type that the target has.
+template <class T, class V>
+[[gnu::always_inline]] inline void store_converted(T* target, int64_t stride, V v, int64_t count) {
+  using A = ScalarOf<V>;
+  A lanes[kLanes<A>];
+  store_vector(lanes, v);
+  if (stride == 1 && count == kLanes<A>) {
+    for (int lane = 0; lane < kLanes<A>; ++lane) target[lane] = from_accumulator<T>(lanes[lane]);
+  } else {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      target[lane * stride] = from_accumulator<T>(lanes[lane]);
     }
   }
 }
@@ -203,6 +242,14 @@ template <class V>
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
   return lanes[0];
+}
+
+// Whether every lane is at most the bound; a NaN is not.
+template <class V>
+[[gnu::always_inline]] inline bool all_at_most(V v, ScalarOf<V> bound) {
+  bool all = true;
+  for (int lane = 0; lane < VectorTraits<V>::lanes; ++lane) all &= v[lane] <= bound;
+  return all;
 }
 
 // One level of sums_of_vectors: lanes without the bit `Half` sum pairs of a's, the others of b's.

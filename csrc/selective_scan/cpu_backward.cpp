@@ -45,7 +45,7 @@ struct Run : Tiles<T, BackwardTiles> {
 
 // h of `Count` states from n of one column over the segment, with C . h added to y where it is
 // gated. The first column of a block clears the sums of dB and dC.
-template <int Count, class T>
+template <int Count, bool InRange, class T>
 void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
   using V = typename Run<T>::V;
   constexpr int lanes = Run<T>::lanes;
@@ -66,7 +66,7 @@ void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
     const V dt_u_step = load_vector<V>(dt_u + step * lanes);
     V y_step{};
     for (int i = 0; i < Count; ++i, work += kWork * lanes) {
-      const V a = exp2(V(dt_step * A_log2e[i]));
+      const V a = decay<InRange>(V(dt_step * A_log2e[i]));
       h[i] = a * h[i] + dt_u_step * B[step * d_state + i];
       y_step += h[i] * C[step * d_state + i];
       store_vector(work + kDecay * lanes, a);
@@ -145,8 +145,8 @@ void store_sums(const Run<T>& run, const Segment& segment, int64_t block, int64_
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>, stride = kWork * lanes;
   A* target = static_cast<A*>(partial.data) +
-              ((run.run.block + block) * run.p.batch + run.run.batch) * partial.batch +
-              segment.begin * partial.time + run.run.group * run.p.d_state + n;
+              (block * run.p.batch + run.run.batch) * partial.batch + segment.begin * partial.time +
+              run.run.group * run.p.d_state + n;
   const A* work = run.work + which * lanes;
   const int64_t count = run.steps * Count, whole = count / lanes * lanes;
   for (int64_t first = 0; first < count; first += lanes) {
@@ -165,25 +165,25 @@ void store_sums(const Run<T>& run, const Segment& segment, int64_t block, int64_
 }
 
 template <int Count, class T>
-void backward_states(Run<T>& run, const Segment& segment, int64_t block, int64_t n) {
-  constexpr int64_t block_columns = kScanChannelBlock / Run<T>::lanes;
-  const int64_t first = block * block_columns, columns = run.run.columns;
-  const int64_t last = first + block_columns < columns ? first + block_columns : columns;
-  for (int64_t column = first; column < last; ++column) {
-    recompute_states<Count>(run, n, column, column == first);
+void backward_states(Run<T>& run, const Segment& segment, int64_t first, int64_t n) {
+  for (int64_t column = first; column < run.strip_end(first); ++column) {
+    run.exponents_in_range(column)
+        ? recompute_states<Count, true>(run, n, column, column == first)
+        : recompute_states<Count, false>(run, n, column, column == first);
     reverse_states<Count>(run, n, column);
   }
+  const int64_t block = run.run.block + first / run.strip_columns;
   store_sums<Count>(run, segment, block, n, kDB, run.p.dB_partial);
   store_sums<Count>(run, segment, block, n, kDC, run.p.dC_partial);
 }
 
 // Before the states: dy of the ungated y.
 template <class T>
-void prepare_gradient(Run<T>& run, const Segment& segment) {
+void prepare_gradient(Run<T>& run, const Segment& segment, int64_t first) {
   using V = typename Run<T>::V;
   constexpr int lanes = Run<T>::lanes;
-  run.load_input(run.p.dy, segment, BackwardTiles::kDy);
-  for (int64_t c = 0; c < run.run.columns; ++c) {
+  run.load_input(run.p.dy, segment, first, BackwardTiles::kDy);
+  for (int64_t c = first; c < run.strip_end(first); ++c) {
     auto *z = run.column(c, BackwardTiles::kZ), *dy = run.column(c, BackwardTiles::kDy);
     auto *g_B = run.column(c, BackwardTiles::kGB), *g_A = run.column(c, BackwardTiles::kGA);
     const auto* u = run.column(c, BackwardTiles::kU);
@@ -205,13 +205,13 @@ void prepare_gradient(Run<T>& run, const Segment& segment) {
   }
 }
 
-// After the states: du, ddelta and dz of the segment, in the places of u, g_A and z.
+// After the states: du, ddelta and dz of the strip, in the places of u, g_A and z.
 template <class T>
-void finish_gradient(Run<T>& run, const Segment& segment) {
+void finish_gradient(Run<T>& run, const Segment& segment, int64_t first) {
   using V = typename Run<T>::V;
   constexpr int lanes = Run<T>::lanes;
   const SelectiveScanParams& p = run.p;
-  for (int64_t c = 0; c < run.run.columns; ++c) {
+  for (int64_t c = first; c < run.strip_end(first); ++c) {
     auto *u = run.column(c, BackwardTiles::kU), *g_A = run.column(c, BackwardTiles::kGA);
     auto* z = run.column(c, BackwardTiles::kZ);
     const auto *g_B = run.column(c, BackwardTiles::kGB), *dt = run.column(c, BackwardTiles::kDt),
@@ -230,9 +230,9 @@ void finish_gradient(Run<T>& run, const Segment& segment) {
     }
     store_vector(run.ddelta_bias + c * lanes, ddelta_bias);
   }
-  run.store_output(BackwardTiles::kU, segment, p.du);
-  run.store_output(BackwardTiles::kGA, segment, p.ddelta);
-  if (run.gated()) run.store_output(BackwardTiles::kZ, segment, p.dz);
+  run.store_output(BackwardTiles::kU, segment, first, p.du);
+  run.store_output(BackwardTiles::kGA, segment, first, p.ddelta);
+  if (run.gated()) run.store_output(BackwardTiles::kZ, segment, first, p.dz);
 }
 
 template <class T>
@@ -249,16 +249,17 @@ void backward_segment(Run<T>& run, const Segment& segment, const Segment* next) 
     run.load_by_state(p.initial_state, run.state_row(segment), run.h);
   }
   run.load(segment);
-  prepare_gradient(run, segment);
-  for (int64_t block = 0; block < run.run.blocks; ++block) {
-    if (next != nullptr) run.prefetch(*next, block, run.run.blocks);
+  for (int64_t first = 0; first < run.run.columns; first += run.strip_columns) {
+    run.load_strip(segment, first);
+    prepare_gradient(run, segment, first);
     int64_t n = 0;
     for (; n + kStatesAtOnce <= p.d_state; n += kStatesAtOnce) {
-      backward_states<kStatesAtOnce>(run, segment, block, n);
+      run.prefetch_next(segment, next, first, n / kStatesAtOnce, p.d_state / kStatesAtOnce);
+      backward_states<kStatesAtOnce>(run, segment, first, n);
     }
-    for (; n < p.d_state; ++n) backward_states<1>(run, segment, block, n);
+    for (; n < p.d_state; ++n) backward_states<1>(run, segment, first, n);
+    finish_gradient(run, segment, first);
   }
-  finish_gradient(run, segment);
 }
 
 template <class T>

@@ -12,7 +12,7 @@ template <class T>
 using Run = Tiles<T, ForwardTiles>;
 
 // Advances `Count` states from n of one column through the segment, adding C . h to y.
-template <int Count, class T>
+template <int Count, bool InRange, class T>
 void advance_states(Run<T>& tiles, int64_t n, int64_t column) {
   using V = typename Run<T>::V;
   constexpr int lanes = Run<T>::lanes;
@@ -32,7 +32,7 @@ void advance_states(Run<T>& tiles, int64_t n, int64_t column) {
     const V dt_u_step = load_vector<V>(dt_u + step * lanes);
     V y_step = load_vector<V>(y + step * lanes);
     for (int i = 0; i < Count; ++i) {
-      h[i] = exp2(V(dt_step * A_log2e[i])) * h[i] + dt_u_step * B[step * d_state + i];
+      h[i] = decay<InRange>(V(dt_step * A_log2e[i])) * h[i] + dt_u_step * B[step * d_state + i];
       y_step += h[i] * C[step * d_state + i];
     }
     store_vector(y + step * lanes, y_step);
@@ -42,15 +42,20 @@ void advance_states(Run<T>& tiles, int64_t n, int64_t column) {
   }
 }
 
-template <class T>
-void forward_column(Run<T>& tiles, int64_t column, const Segment* next) {
-  using V = typename Run<T>::V;
-  if (next != nullptr) tiles.prefetch(*next, column, tiles.run.columns);
+template <bool InRange, class T>
+void advance_column(Run<T>& tiles, int64_t column) {
   int64_t n = 0;
   for (; n + kStatesAtOnce <= tiles.p.d_state; n += kStatesAtOnce) {
-    advance_states<kStatesAtOnce>(tiles, n, column);
+    advance_states<kStatesAtOnce, InRange>(tiles, n, column);
   }
-  for (; n < tiles.p.d_state; ++n) advance_states<1>(tiles, n, column);
+  for (; n < tiles.p.d_state; ++n) advance_states<1, InRange>(tiles, n, column);
+}
+
+template <class T>
+void forward_column(Run<T>& tiles, int64_t column) {
+  using V = typename Run<T>::V;
+  tiles.exponents_in_range(column) ? advance_column<true>(tiles, column)
+                                   : advance_column<false>(tiles, column);
   if (!tiles.gated()) return;
   const auto* z = tiles.column(column, ForwardTiles::kZ);
   auto* y = tiles.column(column, ForwardTiles::kY);
@@ -76,8 +81,14 @@ void forward_run(Run<T> tiles) {
       }
       tiles.load(segment);
       const Segment* next = s + 1 < p.segment_count ? &segment + 1 : nullptr;
-      for (int64_t column = 0; column < run.columns; ++column) forward_column(tiles, column, next);
-      tiles.store_output(ForwardTiles::kY, segment, p.y);
+      for (int64_t first = 0; first < run.columns; first += tiles.strip_columns) {
+        tiles.load_strip(segment, first);
+        for (int64_t c = first; c < tiles.strip_end(first); ++c) {
+          tiles.prefetch_next(segment, next, first, c - first, tiles.strip_columns);
+          forward_column(tiles, c);
+        }
+        tiles.store_output(ForwardTiles::kY, segment, first, p.y);
+      }
     }
     if (segment.ends()) tiles.store_by_state(tiles.h, tiles.state_row(segment), p.final_state);
   }

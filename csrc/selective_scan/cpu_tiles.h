@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Work goes by runs of channels of one row of the batch. A run's time goes in segments, whose
-// inputs are first brought into tiles of the accumulator's type; lanes are channels.
+// Work goes by runs of channels of one row of the batch. A run's time goes in segments, and a
+// segment in strips of channels, whose inputs are first brought into tiles of the accumulator's
+// type; lanes are channels.
 #pragma once
 
 #include "../common/simd.h"
@@ -34,11 +35,13 @@ template <class A>
   return run;
 }
 
-// The tiles of a run's steps. The forward keeps dt and dt * u in the places of delta and u.
+// The tiles of a strip's steps. The forward keeps dt and dt * u in the places of delta and u.
 struct ForwardTiles {
+  static constexpr int64_t kStripChannels = 256;
   enum { kU, kDelta, kY, kZ, kCount, kDt = kDelta, kDtU = kU };
 };
 struct BackwardTiles {
+  static constexpr int64_t kStripChannels = kScanChannelBlock;
   // kDelta: once loaded, dt's derivative by delta; kDy: the gradient of y before the gate; kGB:
   // sum_n g B; kGA: sum_n A a g h_{t-1}.
   enum { kU, kDelta, kY, kZ, kDt, kDtU, kDy, kGB, kGA, kCount };
@@ -50,10 +53,13 @@ template <class T, class Which>
 struct Tiles {
   using A = Accumulator<T>;
   using V = Vector<A>;
+  using IntScalar = typename VectorTraits<V>::IntScalar;
   static constexpr int lanes = kLanes<A>;
   // One row more than there are steps: the processor confuses addresses that are the same within
   // 4096 bytes, as those of one step in two tiles would else be.
   static constexpr int64_t rows = kTimeTile + 1;
+  static constexpr int64_t strip_columns = Which::kStripChannels / lanes;
+  static constexpr TileStrides strides{Which::kCount * rows * lanes, lanes};
 
   // The most channels that a run has, in whole columns.
   static int64_t max_channels(const SelectiveScanParams& p) {
@@ -63,28 +69,48 @@ struct Tiles {
   }
 
   static int64_t scratch_size(const SelectiveScanParams& p) {
-    return max_channels(p) * (Which::kCount * rows + 2 + 2 * p.d_state) + 2 * p.d_state * kTimeTile;
+    return strip_columns * strides.column + max_channels(p) * (4 + 2 * p.d_state) +
+           2 * p.d_state * kTimeTile;
   }
 
   Tiles(const SelectiveScanParams& p, const ChannelRun& run, Scratch<A>& scratch)
       : p(p), run(run), channels(run.columns * lanes) {
-    tiles = scratch.take(channels * Which::kCount * rows);
+    tiles = scratch.take(strip_columns * strides.column);
     D = scratch.take(channels);
     delta_bias = scratch.take(channels);
     A_log2e = scratch.take(p.d_state * channels);
     h = scratch.take(p.d_state * channels);
+    steepest = scratch.take(channels);
+    largest_exponent = scratch.take(channels);
     B = scratch.take(p.d_state * kTimeTile);
     C = scratch.take(p.d_state * kTimeTile);
     load_channel_parameter(p.D, D);
     load_channel_parameter(p.delta_bias, delta_bias);
     // A carries log2(e), so that the decay is one exp2.
     load_by_state(p.A, run.channel, A_log2e);
-    for (int64_t i = 0; i < p.d_state * channels; ++i) A_log2e[i] *= A(1.4426950408889634);
+    for (int64_t c = 0; c < channels; ++c) steepest[c] = 0;
+    for (int64_t n = 0; n < p.d_state; ++n) {
+      for (int64_t c = 0; c < channels; ++c) {
+        A& value = A_log2e[n * channels + c];
+        value *= A(1.4426950408889634);
+        const A steepness = value < 0 ? -value : value;
+        if (steepness > steepest[c] || steepness != steepness) steepest[c] = steepness;
+      }
+    }
   }
 
-  // A column's rows of one tile.
+  // A column's rows of one tile, while its strip is worked on.
   A* column(int64_t column, int which) const {
-    return tiles + (column * Which::kCount + which) * rows * lanes;
+    return tiles + column % strip_columns * strides.column + which * rows * lanes;
+  }
+
+  // The strip that begins with column `first`: the column after its last, and its channels.
+  int64_t strip_end(int64_t first) const {
+    return first + strip_columns < run.columns ? first + strip_columns : run.columns;
+  }
+  int64_t channels_in_strip(int64_t first) const {
+    const int64_t rest = run.channels - first * lanes;
+    return rest < Which::kStripChannels ? rest : Which::kStripChannels;
   }
 
   void load_channel_parameter(const void* source, A* target) const {
@@ -124,9 +150,9 @@ struct Tiles {
     return static_cast<A*>(p.saved_states) + row * p.d_state * p.channels + run.channel;
   }
 
-  void load_input(const Strided3& input, const Segment& segment, int which) const {
-    load_tile<T>(input, run.batch, segment.begin, steps, run.channel, run.channels,
-                 column(0, which), {Which::kCount * rows * lanes, lanes});
+  void load_input(const Strided3& input, const Segment& segment, int64_t first, int which) const {
+    load_tile<T>(input, run.batch, segment.begin, steps, run.channel + first * lanes,
+                 channels_in_strip(first), column(first, which), strides);
   }
 
   void load_input(const Strided4& input, const Segment& segment, A* target) const {
@@ -142,53 +168,78 @@ struct Tiles {
     }
   }
 
-  void store_output(int which, const Segment& segment, const Strided3Out& output) const {
-    store_tile<T>(output, run.batch, segment.begin, steps, run.channel, run.channels,
-                  column(0, which), {Which::kCount * rows * lanes, lanes});
+  void store_output(int which, const Segment& segment, int64_t first,
+                    const Strided3Out& output) const {
+    store_tile<T>(output, run.batch, segment.begin, steps, run.channel + first * lanes,
+                  channels_in_strip(first), column(first, which), strides);
   }
 
-  // Brings in the segment's inputs; y begins as D u.
+  // Brings in the segment's inputs that all strips share.
   void load(const Segment& segment) {
     steps = segment.end - segment.begin;
-    load_input(p.u, segment, Which::kU);
-    load_input(p.delta, segment, Which::kDelta);
-    if (gated()) load_input(p.z, segment, Which::kZ);
     load_input(p.B, segment, B);
     load_input(p.C, segment, C);
-    for (int64_t c = 0; c < run.columns; ++c) {
-      const V bias = load_vector<V>(delta_bias + c * lanes), skip = load_vector<V>(D + c * lanes);
-      A *u = column(c, Which::kU), *delta = column(c, Which::kDelta), *y = column(c, Which::kY);
-      A *dt = column(c, Which::kDt), *dt_u = column(c, Which::kDtU);
-      for (int64_t at = 0; at < steps * lanes; at += lanes) {
-        const V biased = load_vector<V>(delta + at) + bias, u_step = load_vector<V>(u + at);
-        V dt_step = biased, derivative = V{} + A(1);
-        if (p.delta_softplus) {
-          const Softplus<V> softplus = softplus_with_derivative(biased);
-          dt_step = softplus.value;
-          derivative = softplus.derivative;
-        }
-        if constexpr (Which::kDelta != Which::kDt) store_vector(delta + at, derivative);
-        store_vector(dt + at, dt_step);
-        store_vector(dt_u + at, V(dt_step * u_step));
-        store_vector(y + at, V(skip * u_step));
-      }
-    }
   }
 
-  // Asks for rows of the inputs of the segment that comes next, for the part of the work on this
-  // one that is being done: memory and arithmetic then take their time side by side.
-  void prefetch(const Segment& next, int64_t part, int64_t parts) const {
-    const int64_t rows = next.end - next.begin;
-    for (const Strided3* input : {&p.u, &p.delta, &p.z, &p.dy}) {
-      if (input->data == nullptr || input->channel != 1) continue;
-      const char* data = reinterpret_cast<const char*>(static_cast<const T*>(input->data) +
-                                                       run.batch * input->batch + run.channel);
-      for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
-        const char* begin = data + (next.begin + row) * input->time * int64_t(sizeof(T));
-        for (int64_t byte = 0; byte < run.channels * int64_t(sizeof(T)); byte += 64) {
-          __builtin_prefetch(begin + byte);
-        }
+  void load_strip(const Segment& segment, int64_t first) const {
+    load_input(p.u, segment, first, Which::kU);
+    load_input(p.delta, segment, first, Which::kDelta);
+    if (gated()) load_input(p.z, segment, first, Which::kZ);
+    for (int64_t column = first; column < strip_end(first); ++column) prepare_column(column);
+  }
+
+  // Of a loaded column, what is the same for all states; y begins as D u.
+  void prepare_column(int64_t c) const {
+    using Int = typename VectorTraits<V>::Int;
+    const V bias = load_vector<V>(delta_bias + c * lanes), skip = load_vector<V>(D + c * lanes);
+    A *u = column(c, Which::kU), *delta = column(c, Which::kDelta), *y = column(c, Which::kY);
+    A *dt = column(c, Which::kDt), *dt_u = column(c, Which::kDtU);
+    Int largest_dt{};  // as bits without the sign, of which a NaN's are the largest
+    for (int64_t at = 0; at < steps * lanes; at += lanes) {
+      const V biased = load_vector<V>(delta + at) + bias, u_step = load_vector<V>(u + at);
+      V dt_step = biased, derivative = V{} + A(1);
+      if (p.delta_softplus) {
+        const Softplus<V> softplus = softplus_with_derivative(biased);
+        dt_step = softplus.value;
+        derivative = softplus.derivative;
       }
+      if constexpr (Which::kDelta != Which::kDt) store_vector(delta + at, derivative);
+      store_vector(dt + at, dt_step);
+      store_vector(dt_u + at, V(dt_step * u_step));
+      store_vector(y + at, V(skip * u_step));
+      const Int bits = __builtin_bit_cast(Int, dt_step) & std::numeric_limits<IntScalar>::max();
+      largest_dt = bits > largest_dt ? bits : largest_dt;
+    }
+    const V steepness = load_vector<V>(steepest + c * lanes);
+    store_vector(largest_exponent + c * lanes, V(steepness * __builtin_bit_cast(V, largest_dt)));
+  }
+
+  // Whether all decays of a prepared column can be had by exp2_in_range.
+  bool exponents_in_range(int64_t c) const {
+    return all_at_most(load_vector<V>(largest_exponent + c * lanes), A(126));
+  }
+
+  // Asks for a part of the rows of the strip that comes after the one that begins with column
+  // `first`, perhaps in the next segment: memory and arithmetic then take their time side by side.
+  void prefetch_next(const Segment& segment, const Segment* next, int64_t first, int64_t part,
+                     int64_t parts) const {
+    const bool last = strip_end(first) == run.columns;
+    if (last && next == nullptr) return;
+    const Segment& ahead = last ? *next : segment;
+    const int64_t column = last ? 0 : strip_end(first);
+    const int64_t channel = run.channel + column * lanes, count = channels_in_strip(column);
+    const int64_t length = ahead.end - ahead.begin;
+    const auto ask = [&](const void* data, int64_t batch, int64_t time) {
+      if (data == nullptr) return;
+      for (int64_t row = length * part / parts; row < length * (part + 1) / parts; ++row) {
+        prefetch_row<T>(data, run.batch * batch + (ahead.begin + row) * time + channel, count);
+      }
+    };
+    for (const Strided3* input : {&p.u, &p.delta, &p.z, &p.dy}) {
+      if (input->channel == 1) ask(input->data, input->batch, input->time);
+    }
+    for (const Strided3Out* output : {&p.y, &p.du, &p.ddelta, &p.dz}) {
+      ask(output->data, output->batch, output->time);
     }
   }
 
@@ -198,8 +249,14 @@ struct Tiles {
   ChannelRun run;
   int64_t channels;  // with the last column's empty lanes
   int64_t steps = 0;
-  A *tiles, *D, *delta_bias, *A_log2e, *h, *B, *C;
+  A *tiles, *D, *delta_bias, *A_log2e, *h, *steepest, *largest_exponent, *B, *C;
 };
+
+// 2^x, given whether x is known to be within exp2_in_range's range.
+template <bool InRange, class V>
+[[gnu::always_inline]] inline V decay(V x) {
+  return InRange ? exp2_in_range(x) : exp2(x);
+}
 
 // Calls kernel(run, scratch) for the runs in work items [begin, end), each with fresh scratch.
 template <class A, class F>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Lanes are states: one channel's states lie side by side.
+// Lanes are channels where there is one value a channel, and states where one channel's states,
+// which lie side by side, are advanced.
 #include "../common/simd.h"
 #include "params.h"
 
@@ -8,54 +9,61 @@ namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
 namespace {
 
+// `count` channels from c of row b, no more than there are lanes.
 template <class T, class S>
-void update_rows(const SelectiveStateUpdateParams& p, int64_t begin, int64_t end) {
+void update_channels(const SelectiveStateUpdateParams& p, int64_t b, int64_t c, int64_t count) {
   using A = Accumulator<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
   constexpr A log2e = A(1.4426950408889634);
-  const auto parameter = [](const void* data, int64_t at) {
-    return data == nullptr ? A(0) : static_cast<const A*>(data)[at];
+  const auto parameter = [&](const void* data) {
+    return data == nullptr ? V{} : load_converted<A>(static_cast<const A*>(data) + c, 1, count);
   };
-  const auto input = [](const Strided3& tensor, int64_t b, int64_t c) {
-    return A(
-        to_accumulator(static_cast<const T*>(tensor.data)[b * tensor.batch + c * tensor.channel]));
+  const auto input = [&](const Strided3& tensor) {
+    const T* row = static_cast<const T*>(tensor.data) + b * tensor.batch + c * tensor.channel;
+    return load_converted<A>(row, tensor.channel, count);
   };
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t b = row / p.channels, c = row % p.channels;
-    T* y = static_cast<T*>(p.y.data) + b * p.y.batch + c;
-    const int64_t state_row = p.state_rows[b];
-    if (state_row < 0) {
-      *y = from_accumulator<T>(A(0));
-      continue;
-    }
-    S* state = static_cast<S*>(p.state) + state_row * p.state_row + c * p.state_channel;
-    const int64_t group = c / (p.channels / p.groups);
+  T* y = static_cast<T*>(p.y.data) + b * p.y.batch + c;
+  const int64_t state_row = p.state_rows[b];
+  if (state_row < 0) {
+    store_converted(y, 1, V{}, count);
+    return;
+  }
+  S* state = static_cast<S*>(p.state) + state_row * p.state_row + c * p.state_channel;
+  const A* A_row = static_cast<const A*>(p.A) + c * p.d_state;
+  const V u = input(p.u), biased = input(p.delta) + parameter(p.delta_bias);
+  const V dt = p.delta_softplus ? softplus(biased) : biased;
+  const V dt_log2e = dt * log2e, dt_u = dt * u;
+  A sums[lanes * lanes]{};
+  for (int64_t lane = 0; lane < count; ++lane, state += p.state_channel, A_row += p.d_state) {
+    const int64_t group = (c + lane) / (p.channels / p.groups);
     const T* B = static_cast<const T*>(p.B.data) + b * p.B.batch + group * p.B.group;
     const T* C = static_cast<const T*>(p.C.data) + b * p.C.batch + group * p.C.group;
-    const A* A_row = static_cast<const A*>(p.A) + c * p.d_state;
-    const A u = input(p.u, b, c);
-    A dt = input(p.delta, b, c) + parameter(p.delta_bias, c);
-    if (p.delta_softplus) dt = softplus(dt);
     V sum{};
     for (int64_t n = 0; n < p.d_state; n += lanes) {
-      const int rest = p.d_state - n < lanes ? int(p.d_state - n) : lanes;
-      V h{}, A_values{}, B_values{}, C_values{};
-      for (int lane = 0; lane < rest; ++lane) {
-        h[lane] = to_accumulator(state[(n + lane) * p.state_stride]);
-        A_values[lane] = A_row[n + lane];
-        B_values[lane] = to_accumulator(B[(n + lane) * p.B.state]);
-        C_values[lane] = to_accumulator(C[(n + lane) * p.C.state]);
-      }
-      h = exp2(V(A_values * (dt * log2e))) * h + B_values * (dt * u);
-      sum += h * C_values;
-      for (int lane = 0; lane < rest; ++lane) {
-        state[(n + lane) * p.state_stride] = from_accumulator<S>(h[lane]);
-      }
+      const int64_t rest = p.d_state - n < lanes ? p.d_state - n : lanes;
+      S* at = state + n * p.state_stride;
+      const V decay = exp2(V(load_converted<A>(A_row + n, 1, rest) * dt_log2e[lane]));
+      const V B_values = load_converted<A>(B + n * p.B.state, p.B.state, rest);
+      const V h = decay * load_converted<A>(at, p.state_stride, rest) + B_values * dt_u[lane];
+      sum += h * load_converted<A>(C + n * p.C.state, p.C.state, rest);
+      store_converted(at, p.state_stride, h, rest);
     }
-    A out = sum_lanes(sum) + parameter(p.D, c) * u;
-    if (p.z.data != nullptr) out *= silu(input(p.z, b, c));
-    *y = from_accumulator<T>(out);
+    store_vector(sums + lane * lanes, sum);
+  }
+  V out = sums_of_vectors<V>(sums, lanes) + parameter(p.D) * u;
+  if (p.z.data != nullptr) out *= silu(input(p.z));
+  store_converted(y, 1, out, count);
+}
+
+template <class T, class S>
+void update_rows(const SelectiveStateUpdateParams& p, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t b = begin / p.channels, c = begin % p.channels;
+    const int64_t row_end = end - begin < p.channels - c ? end - begin : p.channels - c;
+    const int64_t count = row_end < kLanes<Accumulator<T>> ? row_end : kLanes<Accumulator<T>>;
+    update_channels<T, S>(p, b, c, count);
+    begin += count;
   }
 }
 

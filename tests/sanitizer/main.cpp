@@ -289,7 +289,7 @@ void run_updates(Draw& draw, DType dtype, DType state_dtype) {
   conv.state_channel = 1;
   conv.state_rows = chosen.data();
   conv.x = arguments.activation(batch, 1, channels);
-  conv.weight = arguments.template input<A>(width * channels);
+  conv.taps = arguments.template input<A>(width * channels);
   conv.bias = arguments.optional_input(channels);
   conv.y = arguments.template rows_output<T>("y", batch, 1, channels);
   arguments.run(&kernels::causal_conv1d_update, conv, batch * channels);
