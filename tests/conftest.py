@@ -21,9 +21,8 @@ if EMULATION:
     torch.ops.load_library(EMULATION)
     TIME_TILE["cpu"] = TIME_TILE["cuda"]
 
-hypothesis.settings.register_profile("native", max_examples=60, deadline=None)
-hypothesis.settings.register_profile("emulation", max_examples=12, deadline=None)
-hypothesis.settings.load_profile("emulation" if EMULATION else "native")
+hypothesis.settings.register_profile("mambablock", max_examples=60, deadline=None)
+hypothesis.settings.load_profile("mambablock")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

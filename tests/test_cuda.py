@@ -97,6 +97,17 @@ def test_state_indices_past_the_end_are_padding(dtype: torch.dtype) -> None:
             assert torch.equal(state, results[0][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_more_sequences_than_a_block_has_threads(dtype: torch.dtype, reverse: bool) -> None:
+    lengths = [i % 3 for i in range(700)]
+    cu_seqlens = boundaries(lengths, dtype)
+    conv = test_causal_conv1d.make_inputs(1, sum(lengths), 2, states=len(lengths))
+    test_causal_conv1d.both(conv, cu_seqlens=cu_seqlens, reverse=reverse)
+    scan = test_selective_scan.make_inputs(1, sum(lengths), 2, 1, states=len(lengths))
+    test_selective_scan.both(scan, cu_seqlens=cu_seqlens, reverse=reverse)
+
+
 def scan_gradients() -> dict[str, Tensor]:
     torch.manual_seed(0)
     tensors = test_selective_scan.make_inputs(1, 150, 70, 16, dtype=torch.float32)
