@@ -59,8 +59,6 @@ cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0
 cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 	$(call build_emulation,emulation,ON)
 	$(call build_emulation,emulation-sanitize,SANITIZE)
-	@$(if $(nvcc),,echo 'found no nvcc: the CUDA library is not built, nor its machine code checked')
-	$(if $(nvcc),$(bin)/python -m pytest tests/test_sass.py)
 	for seed in 1 2 3; do \
 	    MAMBABLOCK_EMULATION=build/emulation/$(library) MAMBABLOCK_EMULATION_SEED=$$seed \
 	        $(emulated) || exit; \
@@ -68,6 +66,8 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 	MAMBABLOCK_EMULATION=build/emulation-sanitize/$(library) ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    $(emulated)
+	@$(if $(nvcc),,echo 'found no nvcc: the CUDA library is not built, nor its machine code checked')
+	$(if $(nvcc),$(bin)/python -m pytest tests/test_sass.py)
 
 sass: $(VENV)/installed-sass
 	$(call build_emulation,emulation,ON)
