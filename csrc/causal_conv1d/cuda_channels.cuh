@@ -79,8 +79,7 @@ struct Channels {
 
   __device__ static Values<A> widened(const ChannelPack<T>& pack) {
     Values<A> values;
-#pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) values.at[j] = to_accumulator(pack.values[j]);
+    widen(pack, values.at);
     return values;
   }
 

@@ -13,43 +13,40 @@ namespace mambablock {
 
 inline constexpr int kChannelPack = 4;
 
+// Neighbouring channels, in the widest words that memory moves: compilers keep these in registers
+// as they are, which they do not with 16-bit values.
 template <class T>
-using ChannelPack = Pack<T, kChannelPack>;
+struct ChannelPack {
+  using Word = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  static constexpr int words = kChannelPack * sizeof(T) / sizeof(Word);
 
-// The widest words that a pack is made of.
-template <class T>
-using PackWord = std::conditional_t<sizeof(ChannelPack<T>) == 8, uint2, uint4>;
-template <class T>
-inline constexpr int kPackWords = sizeof(ChannelPack<T>) / sizeof(PackWord<T>);
-
-template <class T>
-__device__ __forceinline__ ChannelPack<T> load_pack(const T* source) {
-  struct Words {
-    PackWord<T> words[kPackWords<T>];
-  } words;
+  __device__ __forceinline__ static ChannelPack load(const T* source) {
+    ChannelPack pack;
 #pragma unroll
-  for (int i = 0; i < kPackWords<T>; ++i) {
-    words.words[i] = reinterpret_cast<const PackWord<T>*>(source)[i];
+    for (int i = 0; i < words; ++i) pack.word[i] = reinterpret_cast<const Word*>(source)[i];
+    return pack;
   }
-  return bit_cast<ChannelPack<T>>(words);
-}
 
-template <class T>
-__device__ __forceinline__ void store_pack(T* target, const ChannelPack<T>& pack) {
+  __device__ __forceinline__ void store(T* target) const {
 #pragma unroll
-  for (int i = 0; i < kPackWords<T>; ++i) {
-    PackWord<T> word;
-    memcpy(&word, reinterpret_cast<const char*>(&pack) + i * sizeof word, sizeof word);
-    reinterpret_cast<PackWord<T>*>(target)[i] = word;
+    for (int i = 0; i < words; ++i) reinterpret_cast<Word*>(target)[i] = word[i];
   }
-}
+
+  Word word[words];
+};
+
+// A pack whose values are known one by one.
+template <class T>
+struct PackValues {
+  T values[kChannelPack];
+};
 
 // Whether packs may be moved at once at any step, for channels at multiples of kChannelPack. It is
 // the same for all threads, so that they go one way.
 template <class T>
 __device__ __forceinline__ bool movable_in_packs(const void* data, int64_t batch, int64_t time,
                                                  int64_t channel, int64_t channels) {
-  constexpr int64_t size = alignof(ChannelPack<T>);
+  constexpr int64_t size = sizeof(typename ChannelPack<T>::Word);
   return channel == 1 && channels % kChannelPack == 0 &&
          (reinterpret_cast<uintptr_t>(data) | batch * sizeof(T) | time * sizeof(T)) % size == 0;
 }
@@ -68,17 +65,17 @@ struct PackInput {
 
   // 0 where the step does not exist, and for channels that do not.
   __device__ __forceinline__ ChannelPack<T> load(int64_t step, bool exists = true) const {
-    ChannelPack<T> pack{};
     const T* source = data + step * time;
     if (packs) {
-      if (exists && count > 0) pack = load_pack(source);
-    } else if (exists) {
-#pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) {
-        if (j < count) pack.values[j] = source[j * channel];
-      }
+      if (exists && count > 0) return ChannelPack<T>::load(source);
+      return {};
     }
-    return pack;
+    PackValues<T> pack{};
+#pragma unroll
+    for (int j = 0; j < kChannelPack; ++j) {
+      if (exists && j < count) pack.values[j] = source[j * channel];
+    }
+    return bit_cast<ChannelPack<T>>(pack);
   }
 
   // Rows row, row + spacing, ... of a tile that begins at `begin` and has `steps` steps; `whole`
@@ -90,7 +87,7 @@ struct PackInput {
       const T* source = data + (begin + row) * time;
 #pragma unroll
       for (int k = 0; k < kRows; ++k, source += spacing * time) {
-        if (count > 0) rows[k] = load_pack(source);
+        if (count > 0) rows[k] = ChannelPack<T>::load(source);
       }
     } else {
 #pragma unroll
@@ -118,11 +115,12 @@ struct PackOutput {
   __device__ __forceinline__ void store(int64_t step, const ChannelPack<T>& pack) const {
     T* target = data + step * time;
     if (packs) {
-      if (count > 0) store_pack(target, pack);
+      if (count > 0) pack.store(target);
     } else {
+      const auto values = bit_cast<PackValues<T>>(pack);
 #pragma unroll
       for (int j = 0; j < kChannelPack; ++j) {
-        if (j < count) target[j] = pack.values[j];
+        if (j < count) target[j] = values.values[j];
       }
     }
   }
@@ -135,7 +133,7 @@ struct PackOutput {
       T* target = data + (begin + row) * time;
 #pragma unroll
       for (int k = 0; k < kRows; ++k, target += spacing * time) {
-        if (count > 0) store_pack(target, rows[k]);
+        if (count > 0) rows[k].store(target);
       }
     } else {
 #pragma unroll
@@ -157,14 +155,15 @@ __device__ __forceinline__ void widen(const ChannelPack<T>& pack,
                                       Accumulator<T> (&values)[kChannelPack]) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     // From the words that hold two, which takes one instruction for each.
-    const uint2 words = bit_cast<uint2>(pack);
-    values[0] = bit_cast<float>(words.x << 16);
-    values[1] = bit_cast<float>(words.x & 0xffff0000u);
-    values[2] = bit_cast<float>(words.y << 16);
-    values[3] = bit_cast<float>(words.y & 0xffff0000u);
+    const uint2 word = pack.word[0];
+    values[0] = bit_cast<float>(word.x << 16);
+    values[1] = bit_cast<float>(word.x & 0xffff0000u);
+    values[2] = bit_cast<float>(word.y << 16);
+    values[3] = bit_cast<float>(word.y & 0xffff0000u);
   } else {
+    const auto each = bit_cast<PackValues<T>>(pack);
 #pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) values[j] = to_accumulator(pack.values[j]);
+    for (int j = 0; j < kChannelPack; ++j) values[j] = to_accumulator(each.values[j]);
   }
 }
 

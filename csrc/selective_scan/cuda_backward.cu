@@ -307,6 +307,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   }
   __syncthreads();
 
+  const StatesInput<T, Channels> B_input(block, p.B), C_input(block, p.C);
   const PackInput<T> u_input = pack_input(block, p.u), delta_input = pack_input(block, p.delta),
                      dy_input = pack_input(block, p.dy), z_input = pack_input(block, p.z);
   const PackOutput<T> du_output = pack_output(block, p.du),
@@ -359,8 +360,8 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
     store_quads(dD, &memory.dD[block.row][block.column]);
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();  // all are done with the states before
-      load_states_tile(block, p.B, begin, steps, first, &memory.B[0][0]);
-      load_states_tile(block, p.C, begin, steps, first, &memory.C[0][0]);
+      B_input.load(begin, steps, first, &memory.B[0][0]);
+      C_input.load(begin, steps, first, &memory.C[0][0]);
       __syncthreads();
       if (!held_at_once) {
         load_A_log2e(block, first, thread.A_log2e);

@@ -67,6 +67,7 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
   const Sequences& sequences = block.sequences;
   States<A> A_log2e, state;
   const bool gated = kBackward && p.z.data != nullptr;
+  const StatesInput<T, kChannels> weights_input(block, kBackward ? p.C : p.B);
   const PackInput<T> main_input = pack_input(block, kBackward ? p.dy : p.u),
                      delta_input = pack_input(block, p.delta), z_input = pack_input(block, p.z);
   A dt_sum = 0, bias[kChannelPack];
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
     });
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();
-      load_states_tile(block, kBackward ? p.C : p.B, begin, steps, first, &memory.weights[0][0]);
+      weights_input.load(begin, steps, first, &memory.weights[0][0]);
       __syncthreads();
       if (!held_at_once) {
         load_A_log2e(block, first, A_log2e);

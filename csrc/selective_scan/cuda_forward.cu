@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     if (!held_at_once) h.store(block, carry, first);
   }
 
+  const StatesInput<T, kChannels> B_input(block, p.B), C_input(block, p.C);
   const PackInput<T> u_input = pack_input(block, p.u), delta_input = pack_input(block, p.delta),
                      z_input = pack_input(block, p.z);
   const PackOutput<T> y_output = pack_output(block, p.y);
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     const SequenceCursor at_begin = cursor;
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();  // all are done with the states before
-      load_states_tile(block, p.B, begin, steps, first, &memory.B[0][0]);
-      load_states_tile(block, p.C, begin, steps, first, &memory.C[0][0]);
+      B_input.load(begin, steps, first, &memory.B[0][0]);
+      C_input.load(begin, steps, first, &memory.C[0][0]);
       __syncthreads();
       if (!held_at_once) {
         load_A_log2e(block, first, A_log2e);

@@ -97,39 +97,56 @@ __device__ __forceinline__ PackOutput<T> pack_output(const Block<T, Channels>& b
           block.p.channels / block.p.groups};
 }
 
-// A tile of B or C, states [first, first + kStatesAtOnce) of the block's group: [step][state]. 0
-// outside of `steps` and N.
+// B or C of the block's group; a thread moves the same states of some steps.
 template <class T, int Channels>
-__device__ __forceinline__ void load_states_tile(const Block<T, Channels>& block,
-                                                 const Strided4& input, int64_t begin, int steps,
-                                                 int64_t first, Accumulator<T>* tile) {
-  constexpr int states = kStatesAtOnce<Accumulator<T>>, packs_per_step = states / kChannelPack;
-  const T* data =
-      static_cast<const T*>(input.data) + block.batch * input.batch + block.group * input.group;
-  const bool packs =
-      input.group % kChannelPack == 0 &&
-      movable_in_packs<T>(input.data, input.batch, input.time, input.state, block.p.d_state);
-  constexpr int all = kCudaTile * packs_per_step, rounds = (all + Channels - 1) / Channels;
+struct StatesInput {
+  static constexpr int states = kStatesAtOnce<Accumulator<T>>;
+  static constexpr int packs_per_step = states / kChannelPack;
+  static constexpr int steps_at_once = Channels / packs_per_step;
+
+  __device__ StatesInput(const Block<T, Channels>& block, const Strided4& input)
+      : time(input.time),
+        stride(input.state),
+        d_state(block.p.d_state),
+        step(threadIdx.x / packs_per_step),
+        state(threadIdx.x % packs_per_step * kChannelPack),
+        data(static_cast<const T*>(input.data) + block.batch * input.batch +
+             block.group * input.group + step * time + state * stride),
+        packs(input.group % kChannelPack == 0 &&
+              movable_in_packs<T>(input.data, input.batch, time, stride, d_state)) {}
+
+  // Brings in states [first, first + kStatesAtOnce) of a tile: [step][state]. 0 outside of `steps`
+  // and N.
+  __device__ __forceinline__ void load(int64_t begin, int steps, int64_t first,
+                                       Accumulator<T>* tile) const {
+    const T* source = data + begin * time + first * stride;
 #pragma unroll
-  for (int round = 0; round < rounds; ++round) {
-    const int i = round * Channels + threadIdx.x;
-    if (all % Channels != 0 && i >= all) break;
-    const int step = i / packs_per_step;
-    const int64_t state = first + i % packs_per_step * kChannelPack;
-    const T* source = data + (begin + step) * input.time + state * input.state;
-    ChannelPack<T> pack{};
-    if (packs) {
-      if (step < steps && state < block.p.d_state) pack = load_pack(source);
-    } else if (step < steps) {
-      for (int j = 0; j < kChannelPack; ++j) {
-        if (state + j < block.p.d_state) pack.values[j] = source[j * input.state];
+    for (int round = 0; round * steps_at_once < kCudaTile; ++round) {
+      const int at = step + round * steps_at_once;
+      if (steps_at_once > kCudaTile && at >= kCudaTile) break;
+      ChannelPack<T> pack{};
+      if (packs) {
+        if (at < steps && first + state < d_state) pack = ChannelPack<T>::load(source);
+      } else {
+        PackValues<T> values{};
+#pragma unroll
+        for (int j = 0; j < kChannelPack; ++j) {
+          if (at < steps && first + state + j < d_state) values.values[j] = source[j * stride];
+        }
+        pack = bit_cast<ChannelPack<T>>(values);
       }
+      Accumulator<T> values[kChannelPack];
+      widen(pack, values);
+      store_quads(values, tile + at * states + state);
+      source += steps_at_once * time;
     }
-    Accumulator<T> values[kChannelPack];
-    widen(pack, values);
-    store_quads(values, tile + i * kChannelPack);
   }
-}
+
+  int64_t time, stride, d_state;
+  int step, state;
+  const T* data;
+  bool packs;
+};
 
 // Pairs of values for neighbouring channels, such as dt and dt * u.
 template <class A>
