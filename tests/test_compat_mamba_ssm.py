@@ -147,6 +147,7 @@ def test_scan_memory_layouts_give_the_same_bits(length: int, dtype: torch.dtype)
     tensors = {name: torch.randn(2, 263, length).to(dtype) for name in ("u", "delta", "z")}
     tensors |= {name: torch.randn(2, STATES, length).to(dtype) for name in ("B", "C")}
     tensors["A"] = -torch.rand(263, STATES, dtype=torch.promote_types(dtype, torch.float32))
+
     def bits(tensors: dict[str, Tensor]) -> list[Tensor]:
         leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
         y = selective_scan_fn(**leaves, delta_softplus=True)

@@ -203,9 +203,7 @@ def _require_known_transformers() -> None:
     methods = ("has_previous_state", "update_conv_state", "update_recurrent_state")
     unknown += [f"Cache.{name}" for name in methods if not hasattr(Cache, name)]
     if unknown:
-        raise ImportError(
-            f"patch: {_wanted}, whose {', '.join(unknown)} mambablock does not know"
-        )
+        raise ImportError(f"patch: {_wanted}, whose {', '.join(unknown)} mambablock does not know")
 
 
 def _cached_states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
