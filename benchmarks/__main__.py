@@ -16,7 +16,8 @@ from typer import Option
 from .block import measure_block, measure_decode
 from .contenders import missing_packages
 from .conv import measure_conv
-from .correctness import WrongResultError, check_contenders, check_operators
+from .correctness import WrongResultError, check_contenders, check_layouts, check_operators
+from .layout import measure_layout
 from .measure import in_fresh_process
 from .memory import measure_memory
 from .plots import save_plots
@@ -30,6 +31,7 @@ class Section(str, Enum):
     rate = "rate"
     scan = "scan"
     conv = "conv"
+    layout = "layout"
     block = "block"
     decode = "decode"
     memory = "memory"
@@ -39,6 +41,7 @@ _measure = {
     Section.rate: measure_rate,
     Section.scan: measure_scan,
     Section.conv: measure_conv,
+    Section.layout: measure_layout,
     Section.block: measure_block,
     Section.decode: measure_decode,
     Section.memory: measure_memory,
@@ -64,6 +67,7 @@ def main(
     try:
         with progress.status("checking the results against the reference"):
             check_operators()
+            check_layouts()
             check_contenders()
         for section in _measure:
             if not only or section in only:

@@ -13,6 +13,7 @@ from .contenders import (
     LOOP,
     MAMBAPY,
     OURS,
+    RECOMPUTING,
     TRANSFORMERS,
     decoders,
     linears_task,
@@ -65,6 +66,8 @@ def _at_length(length: int, count: int, bars: bool, settings: Settings, results:
         against = "its four F.linear"
         results.at_most("block", FORWARD, forward, (OURS, LINEARS), against, 1.3)
         results.at_most("block", STEP, train, (OURS, LINEARS), against, 1.4)
+        what = f"{STEP}, {RECOMPUTING}"
+        results.at_most("block", what, train, (RECOMPUTING, OURS), "keeping all", 1.2)
     faster(FORWARD, forward, TRANSFORMERS, 4)
     faster(FORWARD, forward, MAMBAPY, 4)
     faster(STEP, train, MAMBAPY, 5)

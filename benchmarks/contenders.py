@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambablock import MambaBlock, causal_conv1d, reference, selective_scan
+from mambablock.compat.causal_conv1d import causal_conv1d_fn
+from mambablock.compat.mamba_ssm import selective_scan_fn
 
 from .measure import Task
 from .settings import D_CONV, D_INNER, D_MODEL, D_STATE
 
-OURS, LOOP, TRANSFORMERS, MAMBAPY, LINEARS = (
+OURS, RECOMPUTING, LOOP, TRANSFORMERS, MAMBAPY, LINEARS = (
     "mambablock",
+    "recompute=True",
     "PyTorch loop",
     "transformers",
     "mambapy",
@@ -80,6 +83,16 @@ def scan(inputs: dict[str, Tensor]) -> Task:
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y: Tensor = causal_conv1d(x, weight, bias=bias, silu=True)
     return y
+
+
+def compat_scan(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
+    """mamba-ssm's function."""
+    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
+
+
+def compat_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    """causal-conv1d's function."""
+    return causal_conv1d_fn(x, weight, bias, activation="silu")
 
 
 def loop_scan(inputs: dict[str, Tensor]) -> Task:
@@ -150,6 +163,12 @@ def mambapy_mixer(block: MambaBlock) -> Any:
     return mixer
 
 
+def recomputing_mixer(block: MambaBlock) -> MambaBlock:
+    mixer = MambaBlock(D_MODEL, recompute=True)
+    mixer.load_state_dict(block.state_dict())
+    return mixer
+
+
 def loop_mixer(block: MambaBlock) -> Mixer:
     """The block's own forward with the definition's operators."""
 
@@ -166,7 +185,8 @@ def loop_mixer(block: MambaBlock) -> Mixer:
 
 def mixers(block: MambaBlock) -> dict[str, Mixer]:
     """Of the block's weights."""
-    found: dict[str, Mixer] = {OURS: block, LOOP: loop_mixer(block)}
+    found: dict[str, Mixer] = {OURS: block, RECOMPUTING: recomputing_mixer(block)}
+    found[LOOP] = loop_mixer(block)
     if HAS_TRANSFORMERS:
         found[TRANSFORMERS] = transformers_mixer(block)
     if HAS_MAMBAPY:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mambablock import MambaBlock, reference
 
+from . import layout
 from .contenders import OURS, conv, decoders, loop_scan, mixers, scan, scan_inputs, scans, tiled
 from .measure import Task
 from .settings import D_CONV, D_MODEL
@@ -47,6 +48,15 @@ def check_operators() -> None:
         tensors = (x, torch.randn(72, D_CONV, dtype=wide), torch.randn(72, dtype=wide))
         exact_conv = Task(_loop_conv, *(t.double() for t in tensors))
         _check_task("causal_conv1d", Task(conv, *tensors), exact_conv, dtype)
+
+
+def check_layouts() -> None:
+    """That both memory layouts give the same."""
+    torch.manual_seed(0)
+    for op, by_layout in layout.tasks(70, 72, torch.float32).items():
+        expected = by_layout[layout.CHANNELS_LAST].train()
+        for got, wanted in zip(by_layout[layout.CONTIGUOUS].train(), expected, strict=True):
+            compare(f"the {op} of (B, D, L) memory", got, wanted, 0.0)
 
 
 def check_contenders() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of the scan, and of a training step next to mambapy's."""
+"""Peak memory of the scan and of a training step, and what a forward keeps for the backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import torch
 
 from mambablock import MambaBlock
 
-from .contenders import HAS_MAMBAPY, MAMBAPY, OURS, mambapy_mixer, mixer_task, scan, scan_inputs
+from .contenders import (
+    HAS_MAMBAPY,
+    MAMBAPY,
+    OURS,
+    RECOMPUTING,
+    mambapy_mixer,
+    mixer_task,
+    mixers,
+    scan,
+    scan_inputs,
+)
 from .measure import Task, in_fresh_process, proc_bytes, return_freed_memory
 from .results import Bar, Results
 from .settings import D_MODEL, Settings
@@ -39,10 +49,32 @@ def measure_memory(settings: Settings) -> Results:
         what = f"peak of the training step above the weights, L = {length}"
         bar = Bar("memory", what, ours, "B", MAMBAPY, theirs, ours / theirs, round(1 / 3, 3))
         results.bars.append(bar)
+    _add_kept(settings.quadratic_length, results)
     return results
 
 
-def _add(results: Results, name: str, passes: str, length: int, value: int) -> None:
+def _add_kept(length: int, results: Results) -> None:
+    kept = {
+        name: in_fresh_process(kept_for_backward, name, length) / length
+        for name in mixers(MambaBlock(D_MODEL))
+    }
+    for name, value in kept.items():
+        _add(results, name, "kept for the backward, per token", length, value)
+    results.bars.append(
+        Bar(
+            "memory",
+            f"kept for the backward per token, {RECOMPUTING}",
+            kept[RECOMPUTING],
+            "B",
+            "keeping all",
+            kept[OURS],
+            kept[RECOMPUTING] / kept[OURS],
+            0.75,
+        )
+    )
+
+
+def _add(results: Results, name: str, passes: str, length: int, value: float) -> None:
     results.add("memory", name, **{"pass": passes}, length=length, value=value, unit="B")
 
 
@@ -86,6 +118,19 @@ def _training_peak(name: str, length: int) -> int:
     shape = task.leaves[0].shape
     task.output_gradients = (torch.randn(shape),)
     return _peak(task.train)
+
+
+def kept_for_backward(name: str, length: int) -> int:
+    """Bytes in memory after a block's forward, besides its input, output and weights."""
+    return_freed_memory()
+    block = MambaBlock(D_MODEL)
+    mixer = mixers(block)[name]
+    x = torch.randn(1, length, D_MODEL)
+    _warm_up(mixer_task(mixer, block, x))
+    gc.collect()
+    before = proc_bytes("self/status", "VmRSS")
+    y = mixer(x)
+    return proc_bytes("self/status", "VmRSS") - before - _bytes(y)
 
 
 def _warm_up(task: Task) -> None:

@@ -94,5 +94,10 @@ def assert_as_exact_as_pytorch(
         assert mine.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + slack, name
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """The same (batch, channels, length), with the channels of a step side by side in memory."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def boundaries(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor([0, *lengths], dtype=dtype).cumsum(0).to(dtype)

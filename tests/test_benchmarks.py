@@ -18,8 +18,10 @@ import typer
 from benchmarks import __main__ as command_line
 from benchmarks import contenders, settings
 from benchmarks.block import measure_decode
+from benchmarks.contenders import OURS, RECOMPUTING
+from benchmarks.layout import measure_layout
 from benchmarks.measure import Timings, in_fresh_process, interleave
-from benchmarks.memory import scan_peak
+from benchmarks.memory import kept_for_backward, scan_peak
 from benchmarks.plots import save_plots
 from benchmarks.results import Bar, Results
 from benchmarks.scan import measure_scan
@@ -40,6 +42,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """No new process, no lasting change of this one's allocator, no optional packages."""
     monkeypatch.setattr("benchmarks.scan.keep_freed_memory", lambda: None)
     monkeypatch.setattr("benchmarks.block.keep_freed_memory", lambda: None)
+    monkeypatch.setattr("benchmarks.layout.keep_freed_memory", lambda: None)
     monkeypatch.setattr(command_line, "in_fresh_process", lambda measure, *args: measure(*args))
     monkeypatch.setattr(contenders, "HAS_TRANSFORMERS", False)
     monkeypatch.setattr(contenders, "HAS_MAMBAPY", False)
@@ -94,6 +97,18 @@ def test_scan_and_its_plots(tmp_path: Path) -> None:
         assert lengths == {8, 16}
     save_plots(results, tmp_path, SMALLEST)
     assert {path.name for path in tmp_path.iterdir()} == {"scan_length.png", "scan_sizes.png"}
+
+
+def test_layouts_are_compared() -> None:
+    bars = measure_layout(SMALLEST).bars
+    assert len(bars) == len({bar.what for bar in bars}) == 8
+    assert {bar.against for bar in bars} == {"channels last"}
+
+
+def test_recomputation_keeps_less() -> None:
+    kept = [in_fresh_process(kept_for_backward, name, 256) for name in (RECOMPUTING, OURS)]
+    # The convolution's output and delta, each of 1536 float32 numbers a step.
+    assert kept[1] - kept[0] > 0.9 * 2 * 4 * 1536 * 256
 
 
 def test_peak_memory_counts_the_tensors() -> None:

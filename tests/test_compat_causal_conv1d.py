@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import gradients
+from conftest import channels_last, gradients
 from mambablock.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
 # Sums of a few float64 products in another order.
@@ -86,12 +86,21 @@ def test_is_the_definition(activation: str | None, absent: tuple[str, ...], leng
     assert_same(only, definition(**tensors, activation=activation)[0])
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_memory_layouts(channels_last: bool) -> None:
-    tensors = make_inputs()
-    if channels_last:
-        tensors["x"] = tensors["x"].transpose(1, 2).contiguous().transpose(1, 2)
-    assert_same(causal_conv1d_fn(**tensors), definition(**tensors)[0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", [5, 64, 75])
+def test_memory_layouts_give_the_same_bits(length: int, dtype: torch.dtype) -> None:
+    # Two blocks of channels, the second one no whole number of vectors.
+    x = torch.randn(2, 263, length).to(dtype)
+    weight = torch.randn(263, 4, dtype=torch.promote_types(dtype, torch.float32))
+    dy = torch.randn(2, 263, length).to(dtype)
+
+    def bits(x: Tensor, dy: Tensor) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        y = causal_conv1d_fn(*leaves, activation="silu")
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    expected = bits(channels_last(x), channels_last(dy))
+    assert all(torch.equal(a, b) for a, b in zip(bits(x, dy), expected, strict=True))
 
 
 SEQUENCES = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2], [4, -1, -1, 3, 3, 7, 8, 8, -1]])

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 import runpy
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -288,6 +290,15 @@ def test_an_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=message):
         patch(model)
     assert type(mixers(model)[0]).__name__ == "MambaMixer"
+
+
+def test_a_version_without_the_mixers(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "mambablock.integrations.transformers"
+    monkeypatch.delattr("transformers.models.jamba.modeling_jamba.JambaMambaMixer")
+    monkeypatch.delitem(sys.modules, name)
+    message = rf"^{name}: transformers must be .*got {transformers.__version__}.*JambaMambaMixer"
+    with pytest.raises(ImportError, match=message):
+        importlib.import_module(name)
 
 
 @pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -10,6 +10,17 @@ namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
 namespace {
 
+struct Place {
+  int64_t chunk, block;  // chunks are counted through the whole batch
+};
+
+// Consecutive work items are neighbours in memory: by channels, or by time where steps lie nearer.
+Place place_of(const CausalConv1dParams& p, int64_t index) {
+  const int64_t blocks = causal_conv1d_blocks(p), chunks = causal_conv1d_chunks(p);
+  if (p.x.channel == 1) return {index / blocks, index % blocks};
+  return {index / (blocks * chunks) * chunks + index % chunks, index / chunks % blocks};
+}
+
 template <class T>
 class Item {
  public:
@@ -27,9 +38,9 @@ class Item {
 
   Item(const CausalConv1dParams& p, int64_t index, Scratch<A>& scratch)
       : p(p),
-        chunk(index / causal_conv1d_blocks(p)),
+        chunk(place_of(p, index).chunk),
         batch(chunk / causal_conv1d_chunks(p)),
-        channel(index % causal_conv1d_blocks(p) * kConvChannelBlock),
+        channel(place_of(p, index).block * kConvChannelBlock),
         channels(p.channels - channel < kConvChannelBlock ? p.channels - channel
                                                           : kConvChannelBlock) {
     weight = scratch.take(p.width * stride);
@@ -50,8 +61,21 @@ class Item {
     return true;
   }
 
+  // Asks for a part of the next segment, where each channel's steps lie side by side.
+  void prefetch_by_time(int64_t part) const {
+    const int64_t rest = segment.sequence_end - segment.end;
+    for (const Strided3* input : {&p.x, &p.dy}) {
+      if (input->data == nullptr || input->time != 1) continue;
+      const T* first = static_cast<const T*>(input->data) + batch * input->batch + segment.end +
+                       channel * input->channel;
+      prefetch_part(first, input->channel, channels, rest < kTimeTile ? rest : kTimeTile, part,
+                    kTimeTile);
+    }
+  }
+
   // Asks for row `step` of the segment that the next item has in this one's place.
   void prefetch(int64_t step) const {
+    if (p.x.channel != 1) return prefetch_by_time(step);
     const bool last = channel + kConvChannelBlock >= p.channels;
     const int64_t to = last ? 0 : channel + kConvChannelBlock;
     const int64_t count = p.channels - to < kConvChannelBlock ? p.channels - to : kConvChannelBlock;

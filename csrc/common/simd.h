@@ -174,35 +174,53 @@ template <class V, int Half = 1>
   }
 }
 
-// Steps that lie side by side, one channel after the other: squares of as many steps as lanes are
-// read along time and transposed.
+// As many steps as lanes of as many channels, each channel's steps side by side, transposed.
+template <class T>
+[[gnu::always_inline]] inline void load_square(const T* source, int64_t channel_stride,
+                                               Accumulator<T>* target, int64_t step_stride) {
+  using A = Accumulator<T>;
+  using V = Vector<A>;
+  constexpr int lanes = kLanes<A>;
+  V rows[lanes];
+  for (int lane = 0; lane < lanes; ++lane, source += channel_stride) {
+    A values[lanes];
+    for (int i = 0; i < lanes; ++i) values[i] = to_accumulator(source[i]);
+    rows[lane] = load_vector<V>(values);
+  }
+  transpose(rows);
+  for (int i = 0; i < lanes; ++i) store_vector(target + i * step_stride, rows[i]);
+}
+
+// Steps nearer to each other than channels: whole squares are read along time and transposed.
 template <class T>
 inline void load_channels(const T* source, const Strided3& input, int64_t steps, int64_t channels,
                           Accumulator<T>* tile, TileStrides strides) {
   using A = Accumulator<T>;
-  using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
   for (int64_t c = 0; c < channels; c += lanes, source += lanes * input.channel) {
     const int64_t rest = channels - c < lanes ? channels - c : lanes;
     A* column = tile + c / lanes * strides.column;
-    for (int64_t step = 0; step < steps; step += lanes) {
-      const int64_t count = steps - step < lanes ? steps - step : lanes;
-      V rows[lanes]{};
-      for (int64_t lane = 0; lane < rest; ++lane) {
-        const T* channel = source + lane * input.channel + step * input.time;
-        A values[lanes]{};
-        if (count == lanes && input.time == 1) {
-          for (int i = 0; i < lanes; ++i) values[i] = to_accumulator(channel[i]);
-        } else {
-          for (int64_t i = 0; i < count; ++i) values[i] = to_accumulator(channel[i * input.time]);
-        }
-        rows[lane] = load_vector<V>(values);
+    if (rest == lanes && input.time == 1 && steps >= lanes) {
+      for (int64_t next = 0; next < steps; next += lanes) {
+        // The last square may overlap the one before.
+        const int64_t step = next + lanes <= steps ? next : steps - lanes;
+        load_square(source + step, input.channel, column + step * strides.step, strides.step);
       }
-      transpose(rows);
-      for (int64_t i = 0; i < count; ++i) {
-        store_vector(column + (step + i) * strides.step, rows[i]);
+    } else {
+      for (int64_t step = 0; step < steps; ++step) {
+        load_row(source + step * input.time, input.channel, rest, column + step * strides.step,
+                 strides.column);
       }
     }
+  }
+}
+
+// Asks for one of `parts` parts of `count` stretches of `length` elements, `stride` apart.
+template <class T>
+inline void prefetch_part(const T* first, int64_t stride, int64_t count, int64_t length,
+                          int64_t part, int64_t parts) {
+  for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
+    prefetch_row<T>(first, i * stride, length);
   }
 }
 

@@ -16,7 +16,8 @@ struct ChannelRun {
   int64_t batch, group, block, blocks, channel, channels, columns;
 };
 
-inline constexpr int64_t kBlocksAtOnce = 12;
+// Fewer where each channel's steps lie side by side, since each channel is then on its own page.
+inline int64_t blocks_at_once(const SelectiveScanParams& p) { return p.u.channel == 1 ? 12 : 2; }
 
 template <class A>
 [[gnu::always_inline]] inline ChannelRun channel_run(const SelectiveScanParams& p, int64_t begin,
@@ -26,7 +27,7 @@ template <class A>
   run.block = begin % in_group;
   run.group = begin / in_group % p.groups;
   run.batch = begin / in_group / p.groups;
-  run.blocks = end - begin < kBlocksAtOnce ? end - begin : kBlocksAtOnce;
+  run.blocks = end - begin < blocks_at_once(p) ? end - begin : blocks_at_once(p);
   if (run.blocks > in_group - run.block) run.blocks = in_group - run.block;
   const int64_t first = run.block * kScanChannelBlock, rest = per_group - first;
   run.channel = run.group * per_group + first;
@@ -64,8 +65,8 @@ struct Tiles {
   // The most channels that a run has, in whole columns.
   static int64_t max_channels(const SelectiveScanParams& p) {
     const int64_t per_group = (p.channels / p.groups + lanes - 1) / lanes * lanes;
-    return per_group < kBlocksAtOnce * kScanChannelBlock ? per_group
-                                                         : kBlocksAtOnce * kScanChannelBlock;
+    const int64_t at_once = blocks_at_once(p) * kScanChannelBlock;
+    return per_group < at_once ? per_group : at_once;
   }
 
   static int64_t scratch_size(const SelectiveScanParams& p) {
@@ -236,7 +237,13 @@ struct Tiles {
       }
     };
     for (const Strided3* input : {&p.u, &p.delta, &p.z, &p.dy}) {
-      if (input->channel == 1) ask(input->data, input->batch, input->time);
+      if (input->channel == 1) {
+        ask(input->data, input->batch, input->time);
+      } else if (input->data != nullptr && input->time == 1) {
+        const T* from = static_cast<const T*>(input->data) + run.batch * input->batch +
+                        ahead.begin + channel * input->channel;
+        prefetch_part(from, input->channel, count, length, part, parts);
+      }
     }
     for (const Strided3Out* output : {&p.y, &p.du, &p.ddelta, &p.dz}) {
       ask(output->data, output->batch, output->time);

@@ -79,9 +79,13 @@ class Arguments {
     return data;
   }
 
-  // A (batch, time, channel) input, its channels side by side or not.
+  // A (batch, time, channel) input: its steps side by side, its channels side by side, or neither.
   Strided3 activation(int64_t batch, int64_t length, int64_t channels, float low = -1,
                       float high = 1) {
+    if (draw.one_of({0, 0, 1})) {
+      const T* data = input<T>(batch * length * channels, low, high);
+      return {first_step(data, length, 1), length * channels, reverse ? -1 : 1, length};
+    }
     const int64_t spacing = draw.one_of({1, 1, 2});
     const int64_t step = channels * spacing;
     const int64_t last = channels == 0 ? 0 : spacing - 1;

@@ -13,15 +13,23 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
-from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
-from transformers.models.jamba.modeling_jamba import JambaMambaMixer
-from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from .._layers import in_scan_dtype, project_delta
 from ..causal_conv1d import causal_conv1d
 from ..selective_scan import selective_scan
 from ..selective_state_update import selective_state_update
+
+_wanted = (
+    "transformers must be 5.16 or newer, with mixers and caches as in 5.23; "
+    f"got {transformers.__version__}"
+)
+try:
+    from transformers.cache_utils import Cache
+    from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
+    from transformers.models.jamba.modeling_jamba import JambaMambaMixer
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+except ImportError as error:
+    raise ImportError(f"mambablock.integrations.transformers: {_wanted}: {error}") from None
 
 __all__ = ["patch", "patched", "unpatch"]
 
@@ -195,10 +203,7 @@ def _require_known_transformers() -> None:
     methods = ("has_previous_state", "update_conv_state", "update_recurrent_state")
     unknown += [f"Cache.{name}" for name in methods if not hasattr(Cache, name)]
     if unknown:
-        raise ImportError(
-            "patch: transformers must be 5.16 or newer, with mixers and caches as in 5.23; got "
-            f"{transformers.__version__}, whose {', '.join(unknown)} mambablock does not know"
-        )
+        raise ImportError(f"patch: {_wanted}, whose {', '.join(unknown)} mambablock does not know")
 
 
 def _cached_states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:

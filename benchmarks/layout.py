@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mamba-ssm's scan and causal-conv1d's convolution, (batch, dim, length), by memory layout."""
+
+from __future__ import annotations
+
+import torch
+
+from .contenders import compat_conv, compat_scan, scan_inputs, tiled
+from .measure import Task, interleave, keep_freed_memory, threads
+from .results import Results, dtype_name
+from .settings import D_CONV, D_INNER, Settings
+
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels last"
+
+
+def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, Task]]:
+    """The operators by name, and each one's tasks by layout; gradients of outputs lie likewise."""
+    inputs = scan_inputs(length, d_inner=d_inner, dtype=dtype)
+    conv_inputs = (tiled(length, d_inner, dtype), torch.randn(d_inner, D_CONV), inputs["D"])
+    found: dict[str, dict[str, Task]] = {}
+    for op, function, tensors in (
+        ("scan", compat_scan, tuple(inputs.values())),
+        ("conv", compat_conv, conv_inputs),
+    ):
+        last = [t.transpose(1, 2) if t.dim() == 3 else t for t in tensors]
+        task = Task(function, *last)
+        other = Task(function, *(t.contiguous() for t in last))
+        other.output_gradients = tuple(t.contiguous() for t in task.output_gradients)
+        found[op] = {CHANNELS_LAST: task, CONTIGUOUS: other}
+    return found
+
+
+def measure_layout(settings: Settings) -> Results:
+    keep_freed_memory()
+    results = Results()
+    for count in settings.threads:
+        with threads(count):
+            for dtype in (torch.float32, torch.bfloat16):
+                _next_to_channels_last(dtype, count, settings, results)
+    return results
+
+
+def _next_to_channels_last(
+    dtype: torch.dtype, count: int, settings: Settings, results: Results
+) -> None:
+    by_op = tasks(settings.length, D_INNER, dtype)
+    functions = {
+        (op, passes, layout): getattr(task, passes)
+        for op, by_layout in by_op.items()
+        for passes in ("forward", "train")
+        for layout, task in by_layout.items()
+    }
+    timings = interleave(functions, settings)
+    for op, passes, layout in functions:
+        name = f"{op} forward" if passes == "forward" else f"{op} forward + backward"
+        results.add(
+            "layout",
+            layout,
+            **{"pass": name},
+            length=settings.length,
+            dtype=dtype_name(dtype),
+            threads=count,
+            seconds=timings.seconds((op, passes, layout)),
+        )
+        if layout == CONTIGUOUS and count == settings.threads[-1]:
+            names = (op, passes, CONTIGUOUS), (op, passes, CHANNELS_LAST)
+            what = f"{name} of (B, D, L) memory, {dtype_name(dtype)}"
+            results.at_most("layout", what, timings, names, CHANNELS_LAST, 1.15)
