@@ -49,7 +49,8 @@ sanitize: $(VENV)/requirements
 	$(bin)/ctest --test-dir build/sanitize --output-on-failure
 
 # The tests of the operators on emulated CUDA kernels, in some orders of threads, then under the
-# sanitizers. Where there is nvcc, the kernels are built for these architectures.
+# sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
+# these architectures.
 emulation_tests := $(addprefix tests/test_,cuda.py selective_scan.py causal_conv1d.py updates.py \
     block.py)
 emulated := $(bin)/python -m pytest -m 'gpu and not slow' $(emulation_tests)
@@ -65,7 +66,7 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 	done
 	MAMBABLOCK_EMULATION=build/emulation-sanitize/$(library) ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    $(emulated)
+	    $(emulated) --capture=sys
 	@$(if $(nvcc),,echo 'found no nvcc: the CUDA library is not built, nor its machine code checked')
 	$(if $(nvcc),$(bin)/python -m pytest tests/test_sass.py)
 
