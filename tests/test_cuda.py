@@ -110,7 +110,8 @@ def test_more_sequences_than_a_block_has_threads(dtype: torch.dtype, reverse: bo
 
 def scan_gradients() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    tensors = test_selective_scan.make_inputs(1, 150, 70, 16, dtype=torch.float32)
+    # In a type whose backward has blocks of more than one warp.
+    tensors = test_selective_scan.make_inputs(1, 150, 70, 16, dtype=torch.bfloat16)
     options: dict[str, Any] = test_selective_scan.OPTIONS
     return gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors)
 
@@ -177,21 +178,16 @@ def test_more_chunks_than_are_combined_at_once(
 @emulated
 @pytest.mark.parametrize("shared_memory", [64 << 10, 227 << 10])
 @pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_in_blocks_of_32_and_64_channels(
-    shared_memory: int, groups: int | None, monkeypatch: pytest.MonkeyPatch
+    shared_memory: int, groups: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAMBABLOCK_EMULATION_SHARED_MEMORY", str(shared_memory))
-    tensors = test_selective_scan.make_inputs(2, 35, 140, 16, groups, dtype=torch.float32)
+    tensors = test_selective_scan.make_inputs(2, 35, 140, 16, groups, dtype=dtype)
     options = test_selective_scan.OPTIONS
-
-    def reference_gradients(dtype: torch.dtype) -> dict[str, Tensor]:
-        return gradients(
-            lambda **t: reference.selective_scan(**t, **options),
-            test_selective_scan.as_dtype(tensors, dtype),
-        )
-
+    exact = test_selective_scan.as_dtype(tensors, torch.float64)
     assert_as_exact_as_pytorch(
         gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors),
-        reference_gradients(torch.float32),
-        reference_gradients(torch.float64),
+        gradients(lambda **t: reference.selective_scan(**t, **options), tensors),
+        gradients(lambda **t: reference.selective_scan(**t, **options), exact),
     )

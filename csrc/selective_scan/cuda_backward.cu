@@ -8,10 +8,6 @@
 namespace mambablock {
 namespace {
 
-// Steps whose contributions to dB and dC are summed over the channels at once.
-template <class A>
-inline constexpr int kStepsSummed = 4;
-
 // What the end of a tile needs of its beginning: the derivative of dt by delta, and the gradient of
 // z but for the factor y.
 template <class A>
@@ -31,7 +27,7 @@ struct KeptMemory<A, 64> {};
 // A block's shared memory: [step][channel], [step][state], or as said.
 template <class A, int Channels>
 struct Memory : KeptMemory<A, Channels> {
-  static constexpr int held = kStatesHeld<A>, quads = 2 * held / kQuad<A>, warps = Channels / 32;
+  static constexpr int held = kStatesHeld<A>, quads = 2 * held / kQuad<A>;
   using Quad = Pack<A, kQuad<A>>;
 
   alignas(16) A delta_bias[Channels], D[Channels];
@@ -42,12 +38,13 @@ struct Memory : KeptMemory<A, Channels> {
   alignas(16) Pack<A, 2> sums[kCudaTile][Channels];  // sum_n g B and sum_n A log2(e) a g h_{t-1}
   A y[kCudaTile][Channels];                          // C . h
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
-  Quad h_before[kCudaTile][quads][Channels];  // each thread's own
-  // What each thread of a warp adds to dB and dC of the states that it holds, in rows that are
-  // spread over the banks, and their sums.
-  Quad contributions[warps][kStepsSummed<A>][quads][34];
-  Quad warp_sums[warps][kCudaTile][2][quads];
+  // Each thread's own: the state before each step; where the gradient has passed it, what the
+  // thread adds to dB and dC of the states that it holds. Rows are spread over the banks.
+  Quad h_before[kCudaTile][quads][Channels + 2];
 };
+
+// So that every device can run blocks of 32 channels.
+static_assert(sizeof(Memory<float, 32>) <= 64 * 1024 && sizeof(Memory<double, 32>) <= 64 * 1024);
 
 template <class T, int Channels>
 struct Thread {
@@ -91,56 +88,50 @@ __device__ __forceinline__ Prepared<A> prepared(A delta, A bias, A dy, A z, bool
   return {dt.value, dy * z * gate, {dt.derivative, dy * silu_derivative(z, gate)}};
 }
 
-// The states of steps [first, last) again; h is the one before and becomes the last one.
+// The state of a step again; h is the one before and becomes it.
 template <bool kGated, bool kAdd, class T, int Channels>
-__device__ __forceinline__ void recompute(Thread<T, Channels>& thread, int first, int last) {
+__device__ __forceinline__ void recompute(Thread<T, Channels>& thread, int step) {
   using A = Accumulator<T>;
   using Quad = typename Memory<A, Channels>::Quad;
   constexpr int held = kStatesHeld<A>;
   const auto& block = thread.block;
   auto& memory = thread.memory;
-#pragma unroll 1
-  for (int step = first; step < last; ++step) {
-    const Pack<A, 2> at[2] = {memory.dt_and_dtu[step][block.channel_of(0)],
-                              memory.dt_and_dtu[step][block.channel_of(1)]};
-    A y[2] = {};
+  const Pack<A, 2> at[2] = {memory.dt_and_dtu[step][block.channel_of(0)],
+                            memory.dt_and_dtu[step][block.channel_of(1)]};
+  A y[2] = {};
 #pragma unroll
-    for (int i = 0; i < held; i += kQuad<A>) {
-      const Quad B = quad_at(memory.B[step] + block.half * held + i);
-      Quad C{};
-      if constexpr (kGated) C = quad_at(memory.C[step] + block.half * held + i);
+  for (int i = 0; i < held; i += kQuad<A>) {
+    const Quad B = quad_at(memory.B[step] + block.half * held + i);
+    Quad C{};
+    if constexpr (kGated) C = quad_at(memory.C[step] + block.half * held + i);
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        Quad before;
+    for (int k = 0; k < 2; ++k) {
+      Quad before;
 #pragma unroll
-        for (int j = 0; j < kQuad<A>; ++j) {
-          A& h = thread.h.values[k][i + j];
-          before.values[j] = h;
-          h = exp2(at[k].values[0] * thread.A_log2e.values[k][i + j]) * h +
-              at[k].values[1] * B.values[j];
-          if constexpr (kGated) y[k] += h * C.values[j];
-        }
-        memory.h_before[step][(k * held + i) / kQuad<A>][block.own] = before;
+      for (int j = 0; j < kQuad<A>; ++j) {
+        A& h = thread.h.values[k][i + j];
+        before.values[j] = h;
+        h = exp2(at[k].values[0] * thread.A_log2e.values[k][i + j]) * h +
+            at[k].values[1] * B.values[j];
+        if constexpr (kGated) y[k] += h * C.values[j];
       }
+      memory.h_before[step][(k * held + i) / kQuad<A>][block.own] = before;
     }
-    if constexpr (kGated) {
-      const A sum = sum_of_own(y[0], y[1]);
-      memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
-    }
+  }
+  if constexpr (kGated) {
+    const A sum = sum_of_own(y[0], y[1]);
+    memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
   }
 }
 
-// One step of the gradient, whose contributions go to place `slot`; h is the state after the step
-// and becomes the one before.
+// One step of the gradient; h is the state after the step and becomes the one before.
 template <bool kAdd, class T, int Channels>
-__device__ __forceinline__ void reverse_step(Thread<T, Channels>& thread, int step, int slot) {
+__device__ __forceinline__ void reverse_step(Thread<T, Channels>& thread, int step) {
   using A = Accumulator<T>;
   using Quad = typename Memory<A, Channels>::Quad;
   constexpr int held = kStatesHeld<A>, half_quads = held / kQuad<A>;
   const auto& block = thread.block;
   auto& memory = thread.memory;
-  auto& contributions = memory.contributions[threadIdx.x / 32][slot];
-  const int lane = threadIdx.x % 32;
   A dt[2], dtu[2], dy[2], g_B[2] = {}, g_A[2] = {};
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -172,8 +163,9 @@ __device__ __forceinline__ void reverse_step(Thread<T, Channels>& thread, int st
         h = before.values[j];
       }
     }
-    contributions[i / kQuad<A>][lane] = dB;
-    contributions[half_quads + i / kQuad<A>][lane] = dC;
+    // In the place of the states just read.
+    memory.h_before[step][i / kQuad<A>][block.own] = dB;
+    memory.h_before[step][half_quads + i / kQuad<A>][block.own] = dC;
   }
   Pack<A, 2> sums{sum_of_own(g_B[0], g_B[1]), sum_of_own(g_A[0], g_A[1])};
   auto& total = memory.sums[step][block.own];
@@ -184,70 +176,32 @@ __device__ __forceinline__ void reverse_step(Thread<T, Channels>& thread, int st
   total = sums;
 }
 
-// Sums the contributions of `count` steps, the first being step `top`, over the warp's channels.
-template <class A, int Channels>
-__device__ __forceinline__ void sum_contributions(Memory<A, Channels>& memory, int top, int count) {
-  using Quad = typename Memory<A, Channels>::Quad;
-  constexpr int quads = Memory<A, Channels>::quads;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int sum = lane; sum < count * 2 * quads; sum += 32) {
-    const int quad = sum % quads, half = sum / quads % 2, slot = sum / quads / 2;
-    const Quad* contribution = &memory.contributions[warp][slot][quad][half];
-    Quad total{};
-#pragma unroll 4
-    for (int pair = 0; pair < 16; ++pair, contribution += 2) {
-#pragma unroll
-      for (int j = 0; j < kQuad<A>; ++j) total.values[j] += contribution->values[j];
-    }
-    memory.warp_sums[warp][top - slot][half][quad] = total;
-  }
-}
-
-// Steps [first, last) of one sequence.
-template <bool kAdd, class T, int Channels>
-__device__ __forceinline__ void reverse(Thread<T, Channels>& thread, int first, int last) {
-  constexpr int at_once = kStepsSummed<Accumulator<T>>;
-  for (int top = last - 1; top >= first; top -= at_once) {
-    const int count = top - first + 1 < at_once ? top - first + 1 : at_once;
-#pragma unroll 1
-    for (int slot = 0; slot < count; ++slot) reverse_step<kAdd>(thread, top - slot, slot);
-    __syncwarp();
-    sum_contributions(thread.memory, top, count);
-    __syncwarp();
-  }
-}
-
-// The tile's dB and dC of states from `first` on, summed over the block's warps.
+// The tile's dB and dC of states from `first` on, summed over the block's channels.
 template <class T, int Channels>
 __device__ __forceinline__ void store_group_sums(const Block<T, Channels>& block,
                                                  const Memory<Accumulator<T>, Channels>& memory,
                                                  int64_t begin, int steps, int64_t first) {
   using A = Accumulator<T>;
   using Quad = typename Memory<A, Channels>::Quad;
-  constexpr int quads = kStatesAtOnce<A> / kQuad<A>, half_quads = quads / 2;
-  constexpr int all = kCudaTile * 2 * quads, rounds = (all + Channels - 1) / Channels;
+  constexpr int quads = Memory<A, Channels>::quads, half_quads = quads / 2;
   const SelectiveScanParams& p = block.p;
   const bool in_quads = p.d_state % kQuad<A> == 0;
-#pragma unroll
-  for (int round = 0; round < rounds; ++round) {
-    const int i = round * Channels + threadIdx.x;
-    if (all % Channels != 0 && i >= all) break;
-    const int quad = i % quads, which = i / quads % 2, step = i / (2 * quads);
+  for (int i = threadIdx.x; i < steps * 2 * quads; i += Channels) {
+    // Neighbouring threads take those that meet different banks.
+    const int half = i % 2, quad = i / 2 % quads, step = i / (2 * quads);
+    const Quad* contribution = &memory.h_before[step][quad][half];
     Quad total{};
+#pragma unroll 4
+    for (int pair = 0; pair < Channels / 2; ++pair, contribution += 2) {
 #pragma unroll
-    for (int warp = 0; warp < Memory<A, Channels>::warps; ++warp) {
-      const Quad sum =
-          memory.warp_sums[warp][step][quad / half_quads][which * half_quads + quad % half_quads];
-#pragma unroll
-      for (int j = 0; j < kQuad<A>; ++j) total.values[j] += sum.values[j];
+      for (int j = 0; j < kQuad<A>; ++j) total.values[j] += contribution->values[j];
     }
-    const Strided3Out& partial = which == 0 ? p.dB_partial : p.dC_partial;
-    const int64_t state = first + quad * kQuad<A>;
+    const Strided3Out& partial = quad < half_quads ? p.dB_partial : p.dC_partial;
+    const int64_t state = first + (half * half_quads + quad % half_quads) * kQuad<A>;
     A* target = static_cast<A*>(partial.data) +
                 (block.index_in_group * p.batch + block.batch) * partial.batch +
                 (begin + step) * partial.time + block.group * p.d_state + state;
-    if (step >= steps || state >= p.d_state) continue;
-    if (in_quads) {
+    if (in_quads && state < p.d_state) {
       *reinterpret_cast<Quad*>(target) = total;
     } else {
 #pragma unroll
@@ -382,9 +336,14 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
         const int64_t stop = start > begin ? start : begin;
         const int low = int(stop - begin), high = int(time - begin);
         with_flag(first > 0, [&](auto add) {
-          with_flag(gated,
-                    [&](auto gated) { recompute<gated.value, add.value>(thread, low, high); });
-          reverse<add.value>(thread, low, high);
+          constexpr bool adds = decltype(add)::value;
+          with_flag(gated, [&](auto gated) {
+            constexpr bool gates = decltype(gated)::value;
+            each_step<kUnrolled<A>>(low, high,
+                                    [&](int step) { recompute<gates, adds>(thread, step); });
+          });
+          each_step<kUnrolled<A> == 1 ? 1 : 2>(
+              low, high, [&](int step) { reverse_step<adds>(thread, high - 1 - (step - low)); });
         });
         time = stop;
         if (time == start && p.dinitial_state != nullptr) {

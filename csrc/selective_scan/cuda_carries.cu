@@ -26,29 +26,25 @@ __device__ __forceinline__ A advanced(A state, A decay, A input) {
   return kBackward ? decay * (state + input) : decay * state + input;
 }
 
-// Steps [first, last) of the tile, from either end.
+// One step of the tile.
 template <bool kBackward, class T>
 __device__ __forceinline__ void advance(const Block<T, kChannels>& block,
-                                        const Memory<Accumulator<T>>& memory, int first, int last,
+                                        const Memory<Accumulator<T>>& memory, int step,
                                         const States<Accumulator<T>>& A_log2e,
                                         States<Accumulator<T>>& state, Accumulator<T>& dt_sum) {
   using A = Accumulator<T>;
   constexpr int held = kStatesHeld<A>;
-#pragma unroll(sizeof(A) == 8 ? 1 : 4)
-  for (int i = first; i < last; ++i) {
-    const int step = kBackward ? last - 1 - (i - first) : i;
-    A weights[held];
-    load_quads(memory.weights[step] + block.half * held, weights);
+  A weights[held];
+  load_quads(memory.weights[step] + block.half * held, weights);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const Pack<A, 2> at = memory.dt_and_input[step][block.channel_of(k)];
-      const A dt = at.values[0], input = at.values[1];
-      if (k == 0) dt_sum += dt;
+  for (int k = 0; k < 2; ++k) {
+    const Pack<A, 2> at = memory.dt_and_input[step][block.channel_of(k)];
+    const A dt = at.values[0], input = at.values[1];
+    if (k == 0) dt_sum += dt;
 #pragma unroll
-      for (int n = 0; n < held; ++n) {
-        A& value = state.values[k][n];
-        value = advanced<kBackward>(value, exp2(dt * A_log2e.values[k][n]), input * weights[n]);
-      }
+    for (int n = 0; n < held; ++n) {
+      A& value = state.values[k][n];
+      value = advanced<kBackward>(value, exp2(dt * A_log2e.values[k][n]), input * weights[n]);
     }
   }
 }
@@ -122,8 +118,10 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
           const int64_t boundary = sequences.first_from(time);
           if (sequences.begin(boundary) == time) load_first(boundary - 1, first);
           const int64_t stop = max(sequences.begin(boundary - 1), begin);
-          advance<kBackward>(block, memory, int(stop - begin), int(time - begin), A_log2e, state,
-                             sum);
+          const int low = int(stop - begin), high = int(time - begin);
+          each_step<kUnrolled<A>>(low, high, [&](int step) {
+            advance<kBackward>(block, memory, high - 1 - (step - low), A_log2e, state, sum);
+          });
           time = stop;
         }
       } else {
@@ -131,8 +129,9 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
           const int64_t boundary = sequences.first_from(time + 1);
           if (sequences.begin(boundary - 1) == time) load_first(boundary - 1, first);
           const int64_t stop = min(sequences.begin(boundary), begin + steps);
-          advance<kBackward>(block, memory, int(time - begin), int(stop - begin), A_log2e, state,
-                             sum);
+          each_step<kUnrolled<A>>(int(time - begin), int(stop - begin), [&](int step) {
+            advance<kBackward>(block, memory, step, A_log2e, state, sum);
+          });
           time = stop;
         }
       }

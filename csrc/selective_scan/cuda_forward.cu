@@ -14,34 +14,31 @@ struct Memory {
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
 };
 
-// Steps [first, last) of the tile. The sums over the states go to y, added to what is there.
+// One step of the tile. The sum over the states goes to y, added to what is there.
 template <bool kAdd, class T>
 __device__ __forceinline__ void advance(const Block<T, kChannels>& block,
-                                        Memory<Accumulator<T>>& memory, int first, int last,
+                                        Memory<Accumulator<T>>& memory, int step,
                                         const States<Accumulator<T>>& A_log2e,
                                         States<Accumulator<T>>& h) {
   using A = Accumulator<T>;
   constexpr int held = kStatesHeld<A>;
-#pragma unroll(sizeof(A) == 8 ? 1 : 4)
-  for (int step = first; step < last; ++step) {
-    A B[held], C[held], y[2];
-    load_quads(memory.B[step] + block.half * held, B);
-    load_quads(memory.C[step] + block.half * held, C);
+  A B[held], C[held], y[2];
+  load_quads(memory.B[step] + block.half * held, B);
+  load_quads(memory.C[step] + block.half * held, C);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const Pack<A, 2> at = memory.dt_and_dtu[step][block.channel_of(k)];
-      const A dt = at.values[0], dtu = at.values[1];
-      y[k] = 0;
+  for (int k = 0; k < 2; ++k) {
+    const Pack<A, 2> at = memory.dt_and_dtu[step][block.channel_of(k)];
+    const A dt = at.values[0], dtu = at.values[1];
+    y[k] = 0;
 #pragma unroll
-      for (int i = 0; i < held; ++i) {
-        A& state = h.values[k][i];
-        state = exp2(dt * A_log2e.values[k][i]) * state + dtu * B[i];
-        y[k] += state * C[i];
-      }
+    for (int i = 0; i < held; ++i) {
+      A& state = h.values[k][i];
+      state = exp2(dt * A_log2e.values[k][i]) * state + dtu * B[i];
+      y[k] += state * C[i];
     }
-    const A sum = sum_of_own(y[0], y[1]);
-    memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
   }
+  const A sum = sum_of_own(y[0], y[1]);
+  memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
 }
 
 template <class T>
@@ -133,7 +130,10 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
       for (int64_t time = begin; time < begin + steps;) {
         const int64_t stop = cursor.end < begin + steps ? cursor.end : begin + steps;
         with_flag(first > 0, [&](auto add) {
-          advance<add.value>(block, memory, int(time - begin), int(stop - begin), A_log2e, h);
+          constexpr bool adds = decltype(add)::value;
+          each_step<kUnrolled<A>>(int(time - begin), int(stop - begin), [&](int step) {
+            advance<adds>(block, memory, step, A_log2e, h);
+          });
         });
         time = stop;
         if (time == cursor.end) {

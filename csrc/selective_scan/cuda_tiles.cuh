@@ -82,6 +82,23 @@ __device__ __forceinline__ int steps_from(int64_t begin, int64_t end) {
   return end - begin < kCudaTile ? int(end - begin) : kCudaTile;
 }
 
+// Steps that loops over a tile do at once; float64 takes many registers.
+template <class A>
+inline constexpr int kUnrolled = sizeof(A) == 8 ? 1 : 4;
+
+// Calls function(step) for steps [first, last) of a tile; those of a whole one in a loop that the
+// compiler knows all of, and unrolls.
+template <int kUnroll, class F>
+__device__ __forceinline__ void each_step(int first, int last, F function) {
+  if (last - first == kCudaTile) {
+#pragma unroll kUnroll
+    for (int step = 0; step < kCudaTile; ++step) function(step);
+  } else {
+#pragma unroll 1
+    for (int step = first; step < last; ++step) function(step);
+  }
+}
+
 // The thread's channels of a (B, L, D) tensor.
 template <class T, int Channels>
 __device__ __forceinline__ PackInput<T> pack_input(const Block<T, Channels>& block,

@@ -28,7 +28,7 @@ int variable(const char* name, int otherwise) {
   return value == nullptr ? otherwise : atoi(value);
 }
 
-int shared_memory_opt_in() { return variable("MAMBABLOCK_EMULATION_SHARED_MEMORY", 64 << 10); }
+int shared_memory_opt_in() { return variable("MAMBABLOCK_EMULATION_SHARED_MEMORY", 227 << 10); }
 
 }  // namespace
 
