@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from functools import partial
@@ -62,22 +63,29 @@ def full(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
+def compare(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = make_model()
+    alone = copy.deepcopy(model)
+    batches = [torch.randn(2 * PROCESSES, 9, 6, dtype=torch.float64) for _ in range(3)]
+    wrapped = wrap(model)
+    losses = torch.stack(train(wrapped, [batch.chunk(PROCESSES)[rank] for batch in batches]))
+    dist.all_reduce(losses)
+    assert_same(losses / PROCESSES, torch.stack(train(alone, batches)))
+    for got, expected in zip(wrapped.parameters(), alone.parameters(), strict=True):
+        assert_same(full(got), expected)
+    dist.barrier()
+
+
 def worker(rank: int, wrap: Callable[[nn.Module], nn.Module], rendezvous: str) -> None:
     torch.set_num_threads(1)
     # The machine's name need not have an address.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES)
     try:
-        model = make_model()
-        alone = copy.deepcopy(model)
-        batches = [torch.randn(2 * PROCESSES, 9, 6, dtype=torch.float64) for _ in range(3)]
-        wrapped = wrap(model)
-        losses = torch.stack(train(wrapped, [batch.chunk(PROCESSES)[rank] for batch in batches]))
-        dist.all_reduce(losses)
-        assert_same(losses / PROCESSES, torch.stack(train(alone, batches)))
-        for got, expected in zip(wrapped.parameters(), alone.parameters(), strict=True):
-            assert_same(full(got), expected)
+        compare(rank, wrap)
     finally:
+        # What still holds a group would take its threads down with the interpreter, which aborts.
+        gc.collect()
         dist.destroy_process_group()
 
 
