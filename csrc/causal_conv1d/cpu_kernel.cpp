@@ -62,7 +62,7 @@ class Item {
   }
 
   // Asks for a part of the next segment, where each channel's steps lie side by side.
-  void prefetch_by_time(int64_t part) const {
+  [[gnu::always_inline]] void prefetch_by_time(int64_t part) const {
     const int64_t rest = segment.sequence_end - segment.end;
     for (const Strided3* input : {&p.x, &p.dy}) {
       if (input->data == nullptr || input->time != 1) continue;
@@ -74,7 +74,7 @@ class Item {
   }
 
   // Asks for row `step` of the segment that the next item has in this one's place.
-  void prefetch(int64_t step) const {
+  [[gnu::always_inline]] void prefetch(int64_t step) const {
     if (p.x.channel != 1) return prefetch_by_time(step);
     const bool last = channel + kConvChannelBlock >= p.channels;
     const int64_t to = last ? 0 : channel + kConvChannelBlock;
@@ -83,12 +83,12 @@ class Item {
     if (t >= p.length) return;
     for (const Strided3* input : {&p.x, &p.dy}) {
       if (input->data != nullptr && input->channel == 1) {
-        prefetch_row<T>(input->data, batch * input->batch + t * input->time + to, count);
+        prefetch_row<T, Access::kRead>(input->data, batch * input->batch + t * input->time + to, count);
       }
     }
     for (const Strided3Out* output : {&p.y, &p.dx}) {
       if (output->data != nullptr) {
-        prefetch_row<T>(output->data, batch * output->batch + t * output->time + to, count);
+        prefetch_row<T, Access::kWrite>(output->data, batch * output->batch + t * output->time + to, count);
       }
     }
   }

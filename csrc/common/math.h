@@ -102,15 +102,62 @@ inline constexpr float kLog2E = 1.44269504088896341f;
 // Adding this number rounds a float32 to an integer, left in the low bits of the sum.
 inline constexpr float kRoundingShift = 12582912.0f;
 
-// 2^f for f in [-0.5, 0.5]: minimax polynomial of relative error 2^-28.9, exactly 1 at 0.
+// The bits of x's fraction that exp2 looks up, where an instruction takes lanes of one vector by the
+// indices in another; a shorter polynomial then does for the rest.
 template <class V>
+MAMBABLOCK_INLINE constexpr int exp2_table_bits() {
+  if constexpr (is_float64<V>) return 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return 4;
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return 3;
+#endif
+  return 0;
+}
+
+// 2^f for f of at most 2^-(TableBits + 1) in magnitude: minimax polynomials of relative error
+// 2^-28.9, 2^-25.1 and 2^-29.2 for 0, 3 and 4 bits, exactly 1 at 0.
+template <int TableBits, class V>
 MAMBABLOCK_INLINE V exp2_fraction(V f) {
-  V p = f * 1.535336224e-04f + 1.339887474e-03f;
-  p = p * f + 9.618437359e-03f;
-  p = p * f + 5.550332470e-02f;
-  p = p * f + 2.402264791e-01f;
-  p = p * f + 6.931472029e-01f;
-  return p * f + 1.0f;
+  if constexpr (TableBits == 4) {
+    V p = f * 5.550213531e-02f + 2.402342856e-01f;
+    p = p * f + 6.931471825e-01f;
+    return p * f + 1.0f;
+  } else if constexpr (TableBits == 3) {
+    V p = f * 5.549622327e-02f + 2.402576357e-01f;
+    p = p * f + 6.931472421e-01f;
+    return p * f + 1.0f;
+  } else {
+    V p = f * 1.535336224e-04f + 1.339887474e-03f;
+    p = p * f + 9.618437359e-03f;
+    p = p * f + 5.550332470e-02f;
+    p = p * f + 2.402264791e-01f;
+    p = p * f + 6.931472029e-01f;
+    return p * f + 1.0f;
+  }
+}
+
+// For the index i in the low bits of `shifted`, the bits of 2^(i / size of the table) less i at the
+// top of the significand: whoever adds the whole of `shifted` there adds i back.
+template <class V>
+MAMBABLOCK_INLINE auto exp2_lookup(V shifted) {
+  using Int = typename VectorTraits<V>::Int;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) {
+    const Int table{0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                    0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                    0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+    return Int(_mm512_permutexvar_epi32(__m512i(shifted), __m512i(table)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) {
+    const Int table{0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
+                    0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+    return Int(_mm256_permutevar8x32_epi32(__m256i(table), __m256i(shifted)));
+  }
+#endif
 }
 
 // p * 2^k, where `shifted` is k + kRoundingShift, by adding k to the exponent's bits.
@@ -127,8 +174,17 @@ MAMBABLOCK_INLINE V exp2_in_range(V x) {
   if constexpr (is_float64<V>) {
     return map_lanes(x, [](double lane) { return ::exp2(lane); });
   } else {
-    const V shifted = x + kRoundingShift;
-    return scale_by_exponent(exp2_fraction(V(x - (shifted - kRoundingShift))), shifted);
+    constexpr int bits = exp2_table_bits<V>();
+    constexpr float shift = kRoundingShift / (1 << bits);
+    const V shifted = x + shift;
+    const V p = exp2_fraction<bits>(V(x - (shifted - shift)));
+    if constexpr (bits == 0) {
+      return scale_by_exponent(p, shifted);
+    } else {
+      using Int = typename VectorTraits<V>::Int;
+      const Int scale = exp2_lookup(shifted) + (bit_cast<Int>(shifted) << (23 - bits));
+      return p * bit_cast<V>(scale);
+    }
   }
 }
 
@@ -143,16 +199,20 @@ MAMBABLOCK_INLINE V exp2(V x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 #endif
-#if defined(__AVX512F__)
-    if constexpr (sizeof(V) == 64) {
-      constexpr int to_integer = 0 | 8;  // the nearest one; no exceptions
-      const V fraction = V(_mm512_reduce_ps(__m512(x), to_integer));
-      const V p = exp2_fraction(fraction);
-      return V(_mm512_scalef_ps(__m512(p), __m512(V(x - fraction))));
+    x = min_keep_nan(V(V{} + 128.0f), max_keep_nan(V(V{} - 127.0f), x));
+    constexpr int bits = exp2_table_bits<V>();
+    if constexpr (bits == 0) {
+      return exp2_in_range(x);
+    } else {
+      // The significand first, since 2^k alone may overflow.
+      using Int = typename VectorTraits<V>::Int;
+      constexpr float shift = kRoundingShift / (1 << bits);
+      const V shifted = x + shift;
+      const Int index = bit_cast<Int>(shifted) & ((1 << bits) - 1);
+      const Int significand = exp2_lookup(shifted) + (index << (23 - bits));
+      const V p = exp2_fraction<bits>(V(x - (shifted - shift))) * bit_cast<V>(significand);
+      return bit_cast<V>(bit_cast<Int>(p) + (bit_cast<Int>(shifted) >> bits << 23));
     }
-#endif
-    x = max_keep_nan(V(V{} - 127.0f), x);
-    return exp2_in_range(min_keep_nan(V(V{} + 128.0f), x));
   }
 }
 

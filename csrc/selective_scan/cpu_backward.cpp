@@ -251,10 +251,11 @@ void backward_segment(Run<T>& run, const Segment& segment, const Segment* next) 
   run.load(segment);
   for (int64_t first = 0; first < run.run.columns; first += run.strip_columns) {
     run.load_strip(segment, first);
+    for (int64_t c = first; c < run.strip_end(first); ++c) run.prepare_column(c);
     prepare_gradient(run, segment, first);
     int64_t n = 0;
     for (; n + kStatesAtOnce <= p.d_state; n += kStatesAtOnce) {
-      run.prefetch_next(segment, next, first, n / kStatesAtOnce, p.d_state / kStatesAtOnce);
+      run.prefetch_next(segment, next, run.strip_end(first), kScanChannelBlock, n / kStatesAtOnce, p.d_state / kStatesAtOnce);
       backward_states<kStatesAtOnce>(run, segment, first, n);
     }
     for (; n < p.d_state; ++n) backward_states<1>(run, segment, first, n);
