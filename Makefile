@@ -81,7 +81,8 @@ sass: $(VENV)/installed-sass
 # GPU. All steps run, whatever one of them finds. They have eight minutes after the build, after
 # which pytest still tells what it found.
 gpu_steps := gpu-test gpu-memcheck gpu-racecheck gpu-bench
-sanitizer := $(shell command -v compute-sanitizer)
+sanitizer := $(firstword $(shell command -v compute-sanitizer) \
+    $(wildcard /usr/local/cuda/bin/compute-sanitizer))
 within = timeout --signal=INT --kill-after=10
 
 gpu-check:
