@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target but help and clean first makes the virtual environment and installs what it needs.
+# Every target but help, gpu-check and clean first makes the virtual environment and installs what it
+# needs.
 PYTHON ?= python3
 VENV ?= .venv
 bin := $(VENV)/bin
 sources := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 nvcc := $(shell command -v nvcc)
 
-.PHONY: help test demo demo-hf bench lint sanitize cuda-check sass wheel clean
+.PHONY: help test demo demo-hf bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
+    gpu-memcheck gpu-racecheck gpu-bench wheel clean
 
 help:
 	@echo 'make test      run the tests; ARGS="-k scan" goes to pytest'
@@ -17,6 +19,7 @@ help:
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda-check run the CUDA kernels on the CPU, and check their machine code'
 	@echo 'make sass      tell what each CUDA kernel uses and issues; ARGS=...'
+	@echo 'make gpu-check test and measure on a GPU, with what PYTHON has installed; needs no network'
 	@echo 'make wheel     build a wheel into dist/'
 	@echo 'make clean     remove everything built, and the virtual environment'
 	@echo 'Variables: PYTHON=python3, VENV=.venv, MAX_JOBS=processes to compile with,'
@@ -52,7 +55,7 @@ sanitize: $(VENV)/requirements
 # sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
 # these architectures.
 emulation_tests := $(addprefix tests/test_,cuda.py selective_scan.py causal_conv1d.py updates.py \
-    block.py)
+    block.py recompute.py compat_mamba_ssm.py compat_causal_conv1d.py)
 emulated := $(bin)/python -m pytest -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 
@@ -73,6 +76,41 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 sass: $(VENV)/installed-sass
 	$(call build_emulation,emulation,ON)
 	$(bin)/python -m benchmarks.sass $(ARGS)
+
+# On a machine with a GPU, which may have no network: with PYTHON's own packages, and only for that
+# GPU. All steps run, whatever one of them finds. They have eight minutes after the build, after
+# which pytest still tells what it found.
+gpu_steps := gpu-test gpu-memcheck gpu-racecheck gpu-bench
+sanitizer := $(firstword $(shell command -v compute-sanitizer) \
+    $(wildcard /usr/local/cuda/bin/compute-sanitizer))
+within = timeout --signal=INT --kill-after=10
+
+gpu-check:
+	@architecture="$$($(PYTHON) -m benchmarks.device)" && \
+	    PYTHONPATH=$(CURDIR)/python MAMBABLOCK_CUDA=ON TORCH_CUDA_ARCH_LIST="$$architecture" \
+	    MAMBABLOCK_REQUIRE_CUDA=1 $(MAKE) --no-print-directory --keep-going --jobs=1 $(gpu_steps)
+
+gpu-build:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
+	@$(PYTHON) -m benchmarks.device pytest hypothesis > /dev/null
+	OMP_NUM_THREADS=2 $(within) 220 $(PYTHON) -m pytest -r s $(ARGS) \
+	    $$($(PYTHON) -c 'import xdist' 2> /dev/null && echo --numprocesses=8)
+
+# Without the caching allocator, so that what lies past a tensor's end is not another tensor.
+sampled := bounds or past_the_end or sequences or conv_widths or scan_sizes or low_precision or \
+    (test_lengths and not widths)
+
+gpu-memcheck gpu-racecheck: gpu-%: gpu-build
+	@$(if $(sanitizer),,echo 'found no compute-sanitizer: $* is left out')
+	$(if $(sanitizer),PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(within) 60 $(sanitizer) --tool $* \
+	    --target-processes all --kernel-name kns=mambablock --report-api-errors no --error-exitcode 1 \
+	    $(PYTHON) -m pytest -m 'gpu and not slow' -k '$(sampled)' $(emulation_tests))
+
+gpu-bench: gpu-build
+	@$(PYTHON) -m benchmarks.device rich typer > /dev/null
+	$(within) 140 $(PYTHON) -m benchmarks --device cuda
 
 define build_emulation
 	$(bin)/cmake -S . -B build/$(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin)/ninja) \

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of mambablock on the CPU, next to other implementations: `make bench`."""
+"""Speed and memory of mambablock next to other implementations: `make bench`, `make gpu-check`."""

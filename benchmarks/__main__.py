@@ -4,27 +4,37 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from typer import Option
 
+from . import cuda
 from .block import measure_block, measure_decode
-from .contenders import missing_packages
+from .contenders import missing_cuda_packages, missing_packages
 from .conv import measure_conv
-from .correctness import WrongResultError, check_contenders, check_layouts, check_operators
+from .correctness import WrongResultError, check_cpu, check_cuda
+from .device import NotReadyError, require_device
 from .layout import measure_layout
 from .measure import in_fresh_process
 from .memory import measure_memory
-from .plots import save_plots
 from .rate import measure_rate
 from .results import Results, bars_table, figures_table, machine
 from .scan import measure_scan
-from .settings import FULL, QUICK, Settings
+from .settings import CUDA_FULL, CUDA_QUICK, FULL, QUICK, Sampling
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Section(str, Enum):
@@ -37,66 +47,109 @@ class Section(str, Enum):
     memory = "memory"
 
 
-_measure = {
-    Section.rate: measure_rate,
-    Section.scan: measure_scan,
-    Section.conv: measure_conv,
-    Section.layout: measure_layout,
-    Section.block: measure_block,
-    Section.decode: measure_decode,
-    Section.memory: measure_memory,
+@dataclass(frozen=True)
+class Suite:
+    """What a device's benchmarks are."""
+
+    missing: Callable[[], list[str]]
+    check: Callable[..., None]
+    sections: dict[Section, Callable[..., Results]]
+    full: Sampling
+    quick: Sampling
+
+
+suites = {
+    Device.cpu: Suite(
+        missing_packages,
+        check_cpu,
+        {
+            Section.rate: measure_rate,
+            Section.scan: measure_scan,
+            Section.conv: measure_conv,
+            Section.layout: measure_layout,
+            Section.block: measure_block,
+            Section.decode: measure_decode,
+            Section.memory: measure_memory,
+        },
+        FULL,
+        QUICK,
+    ),
+    Device.cuda: Suite(
+        missing_cuda_packages,
+        check_cuda,
+        {
+            Section.scan: cuda.measure_scan,
+            Section.conv: cuda.measure_conv,
+            Section.block: cuda.measure_block,
+        },
+        CUDA_FULL,
+        CUDA_QUICK,
+    ),
 }
 
 
 def main(
+    device: Annotated[Device, Option(help="Where to measure.")] = Device.cpu,
     quick: Annotated[bool, Option(help="Small sizes and few rounds: a smoke test.")] = False,
     only: Annotated[list[Section] | None, Option(help="Sections to measure; repeatable.")] = None,
     output: Annotated[
         Path | None,
         Option(
-            help="Folder for cpu.json and the plots.",
+            help="Folder for cpu.json or cuda.json, and the plots.",
             show_default="benchmarks/results; with --quick or --only, nowhere",
         ),
     ] = None,
 ) -> None:
-    """Measure the speed and memory of mambablock on the CPU, next to other implementations."""
-    settings = QUICK if quick else FULL
+    """Measure the speed and memory of mambablock next to other implementations."""
+    suite = suites[device]
+    settings = suite.quick if quick else suite.full
+    if other := [section.value for section in only or () if section not in suite.sections]:
+        raise typer.BadParameter(f"--only {other[0]} is not measured with --device {device.value}")
     progress = Console(stderr=True)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    results = Results(notes=missing_packages())
+    results = Results(notes=suite.missing())
     try:
+        if device is Device.cuda:
+            require_device()
         with progress.status("checking the results against the reference"):
-            check_operators()
-            check_layouts()
-            check_contenders()
-        for section in _measure:
+            in_fresh_process(suite.check, settings)
+        for section, measure in suite.sections.items():
             if not only or section in only:
                 with progress.status(f"measuring: {section.value}"):
-                    results.extend(_measured(section, settings))
+                    results.extend(_measured(section, measure, settings))
+    except NotReadyError as error:
+        print(f"{error}.", file=sys.stderr)
+        raise typer.Exit(2) from None
     except WrongResultError as error:
         print(f"{error}.", file=sys.stderr)
         raise typer.Exit(1) from None
 
-    console.print(", ".join(f"{name}: {value}" for name, value in machine().items()))
-    for section in _measure:
+    console.print(", ".join(f"{name}: {value}" for name, value in machine(device.value).items()))
+    for section in suite.sections:
         if results.select(section.value):
             console.print(figures_table(results, section.value))
     caption = "Not at the bars' sizes: a quick run." if quick else "Medians of interleaved rounds."
     console.print(bars_table(results.bars, caption))
+    plots = find_spec("matplotlib") is not None
+    if not plots:
+        results.notes.append("matplotlib is not installed: there are no plots")
     for note in results.notes:
         console.print(f"Note: {note}")
     if output is None and not quick and not only:
         output = Path(__file__).parent / "results"
     if output is not None:
         results.save(output, settings)
-        save_plots(results, output, settings)
+        if plots:
+            from .plots import save_plots
+
+            save_plots(results, output, settings)
 
 
-def _measured(section: Section, settings: Settings) -> Results:
+def _measured(section: Section, measure: Callable[..., Results], settings: Sampling) -> Results:
     try:
-        return in_fresh_process(_measure[section], settings)
-    except BrokenProcessPool:
-        note = f"{section.value} is left out: its process was killed, perhaps for want of memory"
+        return in_fresh_process(measure, settings)
+    except (BrokenProcessPool, torch.OutOfMemoryError):
+        note = f"{section.value} is left out: its process ended early, perhaps for want of memory"
         return Results(notes=[note])
 
 

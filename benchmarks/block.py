@@ -49,12 +49,12 @@ def _at_length(length: int, count: int, bars: bool, settings: Settings, results:
     def faster(passes: str, timings: Timings[str], than: str, bound: float) -> None:
         if bars and than in timings.samples:
             what = f"{passes}, L = {length}: times faster"
-            results.times_faster("block", what, timings, (OURS, than), bound)
+            results.times_faster("block", what, timings, (OURS, than), than, bound)
 
     block = MambaBlock(D_MODEL)
     x = torch.randn(1, length, D_MODEL)
     tasks = {name: mixer_task(mixer, block, x) for name, mixer in mixers(block).items()}
-    tasks[LINEARS] = linears_task(block, length)
+    tasks[LINEARS] = linears_task(block, x)
 
     forward = interleave({name: task.forward for name, task in tasks.items()}, settings)
     add(FORWARD, forward)

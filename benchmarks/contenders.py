@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
@@ -28,9 +30,11 @@ OURS, RECOMPUTING, LOOP, TRANSFORMERS, MAMBAPY, LINEARS = (
     "mambapy",
     "four F.linear",
 )
+MAMBA_SSM, CAUSAL_CONV1D = "mamba-ssm", "causal-conv1d"
 HAS_TRANSFORMERS, HAS_MAMBAPY = (find_spec(name) is not None for name in (TRANSFORMERS, MAMBAPY))
 
 Mixer = Callable[[Tensor], Any]
+Prepare = Callable[[dict[str, Tensor]], Task]
 
 
 def missing_packages() -> list[str]:
@@ -42,28 +46,68 @@ def missing_packages() -> list[str]:
     ]
 
 
-def tiled(length: int, width: int, dtype: torch.dtype) -> Tensor:
-    """(1, length, width) of normal numbers that repeat after 4096 steps: they take a while."""
-    block = torch.randn(min(length, 4096), width).to(dtype)
-    return block.repeat(math.ceil(length / 4096), 1)[None, :length]
+def missing_cuda_packages() -> list[str]:
+    packages = {MAMBA_SSM: cuda_scans(), CAUSAL_CONV1D: cuda_convs()}
+    return [
+        f"{name}'s CUDA functions can't be imported: its figures are left out"
+        for name, found in packages.items()
+        if name not in found
+    ]
+
+
+def _importable(*modules: str) -> bool:
+    """Whether they are there, and built for this torch."""
+    try:
+        for module in modules:
+            import_module(module)
+    except ImportError:
+        return False
+    return True
+
+
+def tiled(length: int, width: int, dtype: torch.dtype, batch: int = 1) -> Tensor:
+    """(batch, length, width) of normal numbers that repeat after 4096 steps: they take a while."""
+    block = torch.randn(batch, min(length, 4096), width).to(dtype)
+    return block.repeat(1, math.ceil(length / 4096), 1)[:, :length]
 
 
 def scan_inputs(
-    length: int, *, d_inner: int = D_INNER, d_state: int = D_STATE, dtype: torch.dtype
+    length: int,
+    *,
+    d_inner: int = D_INNER,
+    d_state: int = D_STATE,
+    dtype: torch.dtype,
+    batch: int = 1,
 ) -> dict[str, Tensor]:
     """With A and delta_bias as a block's at the start of its training."""
     dt = torch.exp(torch.empty(d_inner).uniform_(math.log(0.001), math.log(0.1)))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
-        "u": tiled(length, d_inner, dtype),
-        "delta": tiled(length, d_inner, dtype),
+        "u": tiled(length, d_inner, dtype, batch),
+        "delta": tiled(length, d_inner, dtype, batch),
         "A": -torch.arange(1, d_state + 1, dtype=wide).repeat(d_inner, 1),
-        "B": tiled(length, d_state, dtype),
-        "C": tiled(length, d_state, dtype),
+        "B": tiled(length, d_state, dtype, batch),
+        "C": tiled(length, d_state, dtype, batch),
         "D": torch.ones(d_inner, dtype=wide),
-        "z": tiled(length, d_inner, dtype),
+        "z": tiled(length, d_inner, dtype, batch),
         "delta_bias": (dt + torch.log(-torch.expm1(-dt))).to(wide),
     }
+
+
+def conv_inputs(
+    length: int, *, d_inner: int = D_INNER, dtype: torch.dtype, batch: int = 1
+) -> dict[str, Tensor]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "x": tiled(length, d_inner, dtype, batch),
+        "weight": torch.randn(d_inner, D_CONV, dtype=wide),
+        "bias": torch.randn(d_inner, dtype=wide),
+    }
+
+
+def time_last(inputs: dict[str, Tensor]) -> list[Tensor]:
+    """In (batch, channels, length) memory, as other implementations have it."""
+    return [t.transpose(1, 2).contiguous() if t.dim() == 3 else t for t in inputs.values()]
 
 
 def first_steps(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
@@ -85,14 +129,22 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def compat_scan(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
-    """mamba-ssm's function."""
-    return selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
+def conv_task(inputs: dict[str, Tensor]) -> Task:
+    return Task(conv, *inputs.values())
 
 
-def compat_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-    """causal-conv1d's function."""
-    return causal_conv1d_fn(x, weight, bias, activation="silu")
+def compat_scan(  # type: ignore[no-untyped-def]
+    u, delta, A, B, C, D, z, delta_bias, function=selective_scan_fn
+):
+    """mamba-ssm's function, of this package or of that."""
+    return function(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
+
+
+def compat_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, function: Callable[..., Any] = causal_conv1d_fn
+) -> Any:
+    """causal-conv1d's function, of this package or of that."""
+    return function(x, weight, bias, activation="silu")
 
 
 def loop_scan(inputs: dict[str, Tensor]) -> Task:
@@ -115,11 +167,7 @@ def transformers_scan(inputs: dict[str, Tensor]) -> Task:
             u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True
         )
 
-    # Its own layout has time last.
-    return Task(
-        function,
-        *(t.transpose(1, 2).contiguous() if t.dim() == 3 else t for t in inputs.values()),
-    )
+    return Task(function, *time_last(inputs))
 
 
 def mambapy_scan(inputs: dict[str, Tensor]) -> Task:
@@ -132,8 +180,34 @@ def mambapy_scan(inputs: dict[str, Tensor]) -> Task:
     return Task(function, *inputs.values())
 
 
-def scans() -> dict[str, Callable[[dict[str, Tensor]], Task]]:
-    found: dict[str, Callable[[dict[str, Tensor]], Task]] = {OURS: scan, LOOP: loop_scan}
+def mamba_ssm_scan(inputs: dict[str, Tensor]) -> Task:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    return Task(partial(compat_scan, function=selective_scan_fn), *time_last(inputs))
+
+
+def causal_conv1d_conv(inputs: dict[str, Tensor]) -> Task:
+    from causal_conv1d import causal_conv1d_fn
+
+    return Task(partial(compat_conv, function=causal_conv1d_fn), *time_last(inputs))
+
+
+def cuda_scans() -> dict[str, Prepare]:
+    found: dict[str, Prepare] = {OURS: scan}
+    if _importable("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"):
+        found[MAMBA_SSM] = mamba_ssm_scan
+    return found
+
+
+def cuda_convs() -> dict[str, Prepare]:
+    found: dict[str, Prepare] = {OURS: conv_task}
+    if _importable("causal_conv1d_cuda", "causal_conv1d"):
+        found[CAUSAL_CONV1D] = causal_conv1d_conv
+    return found
+
+
+def scans() -> dict[str, Prepare]:
+    found: dict[str, Prepare] = {OURS: scan, LOOP: loop_scan}
     if HAS_TRANSFORMERS:
         found[TRANSFORMERS] = transformers_scan
     if HAS_MAMBAPY:
@@ -199,15 +273,20 @@ def mixer_task(mixer: Mixer, block: MambaBlock, x: Tensor) -> Task:
     return Task(lambda x, *_: mixer(x), x, *parameters)
 
 
-def linears_task(block: MambaBlock, length: int) -> Task:
-    """The block's four matrix products alone, each on an input of its own."""
+def linears_task(block: MambaBlock, x: Tensor) -> Task:
+    """The block's four matrix products for x alone, each on an input of its own."""
     layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
-    inputs = [torch.randn(1, length, layer.in_features) for layer in layers]
+    inputs = [torch.randn(*x.shape[:2], layer.in_features, dtype=x.dtype) for layer in layers]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(F.linear, tensors[:4], tensors[4:]))
 
     return Task(function, *inputs, *(layer.weight for layer in layers))
+
+
+def under_autocast(task: Task, device: str) -> Task:
+    task.function = torch.autocast(device, torch.bfloat16)(task.function)
+    return task
 
 
 def decoders(block: MambaBlock) -> dict[str, Mixer]:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contenders import OURS, conv, tiled
+from .contenders import OURS, conv, conv_inputs
 from .measure import Task, fitting_lengths, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
-from .settings import D_CONV, D_INNER, Settings
+from .settings import D_CONV, Settings
 
 PYTORCH, SILU = "F.conv1d + F.silu", "F.silu"
 LONGEST_FOR_PYTORCH = 4096
@@ -32,8 +32,7 @@ def measure_conv(settings: Settings) -> Results:
 def _next_to_silu(
     length: int, dtype: torch.dtype, count: int, settings: Settings, results: Results
 ) -> None:
-    x = tiled(length, D_INNER, dtype)
-    weight, bias = torch.randn(D_INNER, D_CONV), torch.randn(D_INNER)
+    x, weight, bias = conv_inputs(length, dtype=dtype).values()
     tasks = {OURS: Task(conv, x, weight, bias), SILU: Task(F.silu, x)}
     if length <= LONGEST_FOR_PYTORCH and dtype == torch.float32:
         tasks[PYTORCH] = Task(_pytorch_conv, x.transpose(1, 2).contiguous(), weight, bias)

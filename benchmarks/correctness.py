@@ -9,9 +9,25 @@ from torch import Tensor
 from mambablock import MambaBlock, reference
 
 from . import layout
-from .contenders import OURS, conv, decoders, loop_scan, mixers, scan, scan_inputs, scans, tiled
+from .contenders import (
+    OURS,
+    Prepare,
+    conv_inputs,
+    conv_task,
+    cuda_convs,
+    cuda_scans,
+    decoders,
+    loop_mixer,
+    loop_scan,
+    mixer_task,
+    mixers,
+    scan,
+    scan_inputs,
+    scans,
+    under_autocast,
+)
 from .measure import Task
-from .settings import D_CONV, D_MODEL
+from .settings import D_MODEL, CudaSettings, Settings
 
 # Of the largest value: a few roundings of the output's type, and of the float32 sums before it.
 TOLERANCES = {
@@ -26,13 +42,31 @@ class WrongResultError(Exception):
     """An implementation does not give what the reference gives."""
 
 
-def compare(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
-    error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+def compare(name: str, got: Tensor, expected: Tensor, tolerance: float) -> float:
+    """The largest error, which is at most `tolerance`, relative to the largest value expected."""
+    exact = expected.to(got.device).double()
+    error = float((got.double() - exact).abs().max() / exact.abs().max())
     if not error <= tolerance:  # a NaN is wrong too
         raise WrongResultError(
             f"{name} is wrong, so nothing is measured: expected an error of at most "
             f"{tolerance:.0e} of the largest value; got {error:.0e}"
         )
+    return error
+
+
+def check_cpu(settings: Settings) -> None:
+    check_operators()
+    check_layouts()
+    check_contenders()
+
+
+def check_cuda(settings: CudaSettings) -> None:
+    """The CPU's operators too, with which those of the device are compared at full size."""
+    check_operators()
+    with torch.device(settings.device):
+        check_operators()
+        _check_cuda_contenders()
+        _check_autocast(settings.device)
 
 
 def check_operators() -> None:
@@ -42,12 +76,12 @@ def check_operators() -> None:
         # Neither the time nor the channels are whole tiles.
         inputs = scan_inputs(130, d_inner=72, dtype=dtype)
         exact = {name: tensor.double() for name, tensor in inputs.items()}
-        _check_task("selective_scan", scan(inputs), loop_scan(exact), dtype)
+        tolerance = TOLERANCES[dtype]
+        _check_task(f"selective_scan ({dtype})", scan(inputs), loop_scan(exact), tolerance)
 
-        x, wide = tiled(130, 72, dtype), inputs["D"].dtype
-        tensors = (x, torch.randn(72, D_CONV, dtype=wide), torch.randn(72, dtype=wide))
-        exact_conv = Task(_loop_conv, *(t.double() for t in tensors))
-        _check_task("causal_conv1d", Task(conv, *tensors), exact_conv, dtype)
+        inputs = conv_inputs(130, d_inner=72, dtype=dtype)
+        exact_conv = Task(_loop_conv, *(t.double() for t in inputs.values()))
+        _check_task(f"causal_conv1d ({dtype})", conv_task(inputs), exact_conv, tolerance)
 
 
 def check_layouts() -> None:
@@ -79,15 +113,45 @@ def check_contenders() -> None:
             compare(f"the decode step of {name}", steps, y, TOLERANCES[torch.float32])
 
 
+def _check_cuda_contenders() -> None:
+    inputs = scan_inputs(70, d_inner=72, dtype=torch.bfloat16, batch=2)
+    expected = loop_scan({name: t.float() for name, t in inputs.items()}).forward()[0]
+    for name, prepare in cuda_scans().items():
+        y = prepare(inputs).forward()[0]
+        y = y if name == OURS else y.transpose(1, 2)
+        compare(f"the scan of {name}", y, expected, TOLERANCES[torch.bfloat16])
+    inputs = conv_inputs(70, d_inner=72, dtype=torch.bfloat16, batch=2)
+    expected = _loop_conv(*(t.float() for t in inputs.values()))
+    for name, prepare in cuda_convs().items():
+        y = prepare(inputs).forward()[0]
+        y = y if name == OURS else y.transpose(1, 2)
+        compare(f"the convolution of {name}", y, expected, TOLERANCES[torch.bfloat16])
+
+
+def _check_autocast(device: str) -> None:
+    """The block in bfloat16, against its float32 with the definition's operators."""
+    block, x = MambaBlock(64), torch.randn(2, 70, 64)
+    task = under_autocast(mixer_task(block, block, x), device)
+    # Some roundings to bfloat16, one after the other.
+    tolerance = 3 * TOLERANCES[torch.bfloat16]
+    _check_task("block under autocast", task, mixer_task(loop_mixer(block), block, x), tolerance)
+
+
+def check_against_cpu(name: str, prepare: Prepare, inputs: dict[str, Tensor]) -> None:
+    """Outputs and all gradients of bfloat16 inputs, against the CPU's kernels in float32."""
+    exact = prepare({name: t.float().cpu() for name, t in inputs.items()})
+    _check_task(name, prepare(inputs), exact, TOLERANCES[torch.bfloat16])
+
+
 def _loop_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = reference.causal_conv1d(x, weight, bias=bias, silu=True)
     assert isinstance(y, Tensor)
     return y
 
 
-def _check_task(name: str, task: Task, exact: Task, dtype: torch.dtype) -> None:
-    title = f"{OURS}'s {name} ({dtype})"
-    compare(f"{title}, forward", task.forward()[0], exact.forward()[0], TOLERANCES[dtype])
-    exact.output_gradients = tuple(t.double() for t in task.output_gradients)
-    for got, expected in zip(task.train(), exact.train(), strict=True):
-        compare(f"{title}, backward", got, expected, TOLERANCES[dtype])
+def _check_task(name: str, task: Task, exact: Task, tolerance: float) -> None:
+    (expected,) = exact.forward()
+    compare(f"{OURS}'s {name}, forward", task.forward()[0], expected, tolerance)
+    exact.output_gradients = tuple(t.to(expected) for t in task.output_gradients)
+    for got, wanted in zip(task.train(), exact.train(), strict=True):
+        compare(f"{OURS}'s {name}, backward", got, wanted, tolerance)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,15 @@ from matplotlib.ticker import EngFormatter, NullLocator
 
 from .contenders import LINEARS, OURS
 from .results import Results
-from .settings import D_INNER, D_STATE, Settings
+from .settings import D_INNER, D_STATE, CudaSettings, Sampling, Settings
 
 Series = dict[str, list[tuple[Any, float]]]
 
 
-def save_plots(results: Results, folder: Path, settings: Settings) -> None:
+def save_plots(results: Results, folder: Path, settings: Sampling) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (draw, panels) in _plots.items():
-        if results.select(name.split("_")[0]):
+    for name, (section, draw, panels) in _plots[settings.device].items():
+        if results.select(section):
             figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
             draw(figure.subplots(1, panels, squeeze=False)[0], results, settings)
             figure.savefig(folder / f"{name}.png", dpi=120)
@@ -67,7 +68,27 @@ def _by_length(section: str, panels: list[Axes], results: Results) -> None:
                 label = f"{figure['implementation']}, {_threads(figure['threads'])}"
                 per_step = figure["seconds"] / figure["length"] / D_INNER * 1e9
                 series.setdefault(label, []).append((figure["length"], per_step))
-        _lines(panel, series, f"{section} {passes}", "length", "ns per channel and time step")
+        _lines(panel, series, f"{section} {passes}", "length", _PER_STEP)
+
+
+def _cuda_scan_length(panels: list[Axes], results: Results, settings: CudaSettings) -> None:
+    for panel, passes in zip(panels, _passes["conv"], strict=True):
+        series: Series = {}
+        for figure in results.select("scan", implementation=OURS, **{"pass": passes}):
+            steps = figure["batch"] * figure["length"]
+            if steps == settings.steps:
+                per_step = figure["seconds"] / steps / figure["channels"] * 1e9
+                series.setdefault(OURS, []).append((figure["length"], per_step))
+        title = f"scan {passes}, {settings.steps:,} steps in sequences"
+        _lines(panel, series, title, "length of a sequence", _PER_STEP)
+
+
+def _cuda_comparison(section: str, panels: list[Axes], results: Results, length: int) -> None:
+    figures = results.select(section, length=length)
+    values = {f"{f['implementation']}, {f['pass']}": f["seconds"] for f in figures}
+    sizes = f"B = {figures[0]['batch']}, L = {length:,}, {figures[0]['channels']:,} channels"
+    _bars(panels[0], values, f"{section}, {sizes}", "s")
+    panels[0].set_xlabel("bfloat16")
 
 
 def _scan_sizes(panels: list[Axes], results: Results, settings: Settings) -> None:
@@ -108,13 +129,22 @@ def _memory(panels: list[Axes], results: Results, settings: Settings) -> None:
     _bars(panels[0], values, title, "B")
 
 
+_PER_STEP = "ns per channel and time step"
 _passes = {"scan": ("forward", "forward + backward"), "conv": ("forward", "backward")}
-_plots = {
-    "rate": (_rate, 1),
-    "scan_length": (lambda panels, results, _: _by_length("scan", panels, results), 2),
-    "scan_sizes": (_scan_sizes, 2),
-    "conv_length": (lambda panels, results, _: _by_length("conv", panels, results), 2),
-    "block": (_block, 2),
-    "decode": (_decode, 1),
-    "memory": (_memory, 1),
+_plots: dict[str, dict[str, tuple[str, Callable[[list[Axes], Results, Any], None], int]]] = {
+    "cpu": {
+        "rate": ("rate", _rate, 1),
+        "scan_length": ("scan", lambda panels, results, _: _by_length("scan", panels, results), 2),
+        "scan_sizes": ("scan", _scan_sizes, 2),
+        "conv_length": ("conv", lambda panels, results, _: _by_length("conv", panels, results), 2),
+        "block": ("block", _block, 2),
+        "decode": ("decode", _decode, 1),
+        "memory": ("memory", _memory, 1),
+    },
+    "cuda": {
+        "cuda_scan_length": ("scan", _cuda_scan_length, 2),
+        "cuda_scan": ("scan", lambda p, r, s: _cuda_comparison("scan", p, r, s.length), 1),
+        "cuda_conv": ("conv", lambda p, r, s: _cuda_comparison("conv", p, r, s.conv_length), 1),
+        "cuda_block": ("block", lambda p, r, s: _cuda_comparison("block", p, r, s.length), 1),
+    },
 }

@@ -4,27 +4,28 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import subprocess
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.ticker import EngFormatter
 from rich.table import Table
 
 from mambablock import _C
 
 from .measure import Key, Timings
-from .settings import D_INNER, D_MODEL, D_STATE, Settings
+from .settings import Sampling
 
-_columns = ("pass", "length", "d_state", "dtype", "threads", "simd")
+_columns = ("pass", "batch", "length", "channels", "d_state", "dtype", "threads", "simd")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure must be, relative to another one taken in the same run."""
+    """What a figure must be, relative to another one taken in the same run, or to a limit."""
 
     section: str
     what: str
@@ -66,13 +67,25 @@ class Results:
         ratio = timings.ratio(*names)
         self.bars.append(Bar(section, what, first, "s", against, second, ratio, bound))
 
+    def within(
+        self, section: str, what: str, figure: float, unit: str, against: str, limit: float
+    ) -> None:
+        """The bar that the figure is at most the limit."""
+        self.bars.append(Bar(section, what, figure, unit, against, limit, figure / limit, 1.0))
+
     def times_faster(
-        self, section: str, what: str, timings: Timings[str], names: tuple[str, str], bound: float
+        self,
+        section: str,
+        what: str,
+        timings: Timings[Key],
+        names: tuple[Key, Key],
+        against: str,
+        bound: float,
     ) -> None:
         """The bar that the first named is at least `bound` times faster than the second."""
         first, second = map(timings.seconds, names)
         ratio = timings.ratio(names[1], names[0])
-        self.bars.append(Bar(section, what, first, "s", names[1], second, ratio, bound, True))
+        self.bars.append(Bar(section, what, first, "s", against, second, ratio, bound, True))
 
     def extend(self, other: Results) -> None:
         self.figures += other.figures
@@ -87,29 +100,56 @@ class Results:
             and all(figure.get(name) == value for name, value in values.items())
         ]
 
-    def save(self, folder: Path, settings: Settings) -> None:
+    def save(self, folder: Path, settings: Sampling) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         content = {
-            "machine": machine(),
-            "sizes": {"batch": 1, "d_model": D_MODEL, "d_inner": D_INNER, "d_state": D_STATE},
+            "machine": machine(settings.device),
+            "sizes": settings.sizes,
             "settings": asdict(settings),
             "notes": self.notes,
             "bars": [asdict(bar) | {"met": bar.met} for bar in self.bars],
             "figures": self.figures,
         }
-        (folder / "cpu.json").write_text(json.dumps(content, indent=1) + "\n")
+        path = folder / f"{settings.device}.json"
+        path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def machine() -> dict[str, Any]:
+_packages = {
+    "cpu": ("torch", "transformers", "mambapy"),
+    "cuda": ("torch", "mamba-ssm", "causal-conv1d"),
+}
+
+
+def machine(device: str) -> dict[str, Any]:
     info = _C.build_info()
-    return {
+    return (_cuda_device() if device == "cuda" else {}) | {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
         "simd_level": info["simd_level"],
         "compiler": info["compiler"],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "transformers", "mambapy")},
+        "versions": {name: _version(name) for name in _packages[device]},
     }
+
+
+def _cuda_device() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties()
+    return {
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "driver": _driver(),
+        "cuda": {"torch": torch.version.cuda, "mambablock": _C.build_info()["cuda"]},
+    }
+
+
+def _driver() -> str | None:
+    command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines.splitlines()[0]
 
 
 def _processor() -> str:
@@ -131,7 +171,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def quantity(value: float, unit: str) -> str:
-    return EngFormatter(unit, places=2)(value)
+    """Such as 5.40 ms; without a unit, the number alone."""
+    if not unit:
+        return f"{value:.2g}"
+    thousands = math.floor(math.log10(abs(value)) / 3) if value else 0
+    thousands = max(-4, min(4, thousands))
+    prefix = ("p", "n", "µ", "m", "", "k", "M", "G", "T")[thousands + 4]
+    return f"{value / 1000**thousands:.2f} {prefix}{unit}"
 
 
 def bars_table(bars: list[Bar], caption: str) -> Table:

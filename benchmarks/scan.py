@@ -104,7 +104,8 @@ def _by_implementation(count: int, bars: bool, settings: Settings, results: Resu
                     _add(results, name, passes, count, timings.seconds(name), length)
         if bars and length == settings.length and TRANSFORMERS in forward.samples:
             what = f"forward, L = {length}: times faster"
-            results.times_faster("scan", what, forward, (OURS, TRANSFORMERS), 40)
+            names = (OURS, TRANSFORMERS)
+            results.times_faster("scan", what, forward, names, TRANSFORMERS, 40)
 
 
 def _add(

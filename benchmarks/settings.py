@@ -5,18 +5,33 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 D_MODEL, D_INNER, D_STATE, D_CONV = 768, 1536, 16, 4
 
 
 @dataclass(frozen=True)
-class Settings:
+class Sampling:
+    sizes: ClassVar[dict[str, Any]]
+    device: str
     rounds: int
     """Samples of each figure; its median is taken."""
     sample_seconds: float
     """A call that takes less is repeated within a sample."""
     comparison_seconds: float
     """After this long, a comparison ends with the rounds it has, but not with fewer than three."""
+
+
+@dataclass(frozen=True)
+class Settings(Sampling):
+    """On the CPU: one sequence of the widths above."""
+
+    sizes: ClassVar[dict[str, Any]] = {
+        "batch": 1,
+        "d_model": D_MODEL,
+        "d_inner": D_INNER,
+        "d_state": D_STATE,
+    }
     length: int
     """That of the comparisons with a bar."""
     lengths: tuple[int, ...]
@@ -30,7 +45,28 @@ class Settings:
     """The bars are those of the last."""
 
 
+@dataclass(frozen=True)
+class CudaSettings(Sampling):
+    """On a CUDA device, in bfloat16."""
+
+    sizes: ClassVar[dict[str, Any]] = {"d_state": D_STATE, "d_conv": D_CONV}
+    batch: int
+    length: int
+    """Those of the bars."""
+    channels: int
+    """The operators' d_inner and the block's d_model."""
+    steps: int
+    """Of time, in one batch: the scan's are cut into sequences of each of `lengths`."""
+    lengths: tuple[int, ...]
+    """The last is all steps in one sequence."""
+    longest: int
+    longest_channels: int
+    conv_length: int
+    """Long enough that the device, and not the host, takes the time."""
+
+
 FULL = Settings(
+    device="cpu",
     rounds=9,
     sample_seconds=0.02,
     comparison_seconds=15.0,
@@ -43,6 +79,7 @@ FULL = Settings(
     threads=(1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,),
 )
 QUICK = Settings(
+    device="cpu",
     rounds=3,
     sample_seconds=0.002,
     comparison_seconds=0.0,
@@ -53,4 +90,32 @@ QUICK = Settings(
     d_states=(4, 16),
     memory_length=4096,
     threads=(1,),
+)
+CUDA_FULL = CudaSettings(
+    device="cuda",
+    rounds=25,
+    sample_seconds=0.02,
+    comparison_seconds=8.0,
+    batch=8,
+    length=2048,
+    channels=2048,
+    steps=65536,
+    lengths=(256, 1024, 8192, 65536),
+    longest=1048576,
+    longest_channels=1024,
+    conv_length=32768,
+)
+CUDA_QUICK = CudaSettings(
+    device="cuda",
+    rounds=3,
+    sample_seconds=0.002,
+    comparison_seconds=0.0,
+    batch=2,
+    length=256,
+    channels=128,
+    steps=1024,
+    lengths=(128, 512, 1024),
+    longest=4096,
+    longest_channels=64,
+    conv_length=512,
 )

@@ -21,6 +21,9 @@ if EMULATION:
     torch.ops.load_library(EMULATION)
     TIME_TILE["cpu"] = TIME_TILE["cuda"]
 
+# Set by make gpu-check, where a device that goes missing is no reason to skip.
+REQUIRE_CUDA = "MAMBABLOCK_REQUIRE_CUDA" in os.environ
+
 hypothesis.settings.register_profile("mambablock", max_examples=60, deadline=None)
 hypothesis.settings.load_profile("mambablock")
 
@@ -35,6 +38,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip("the emulated CUDA kernels have taken the CPU kernels' place")
     if cuda and not EMULATION:
         if not torch.cuda.is_available():
+            if REQUIRE_CUDA:
+                pytest.fail("needs a CUDA device")
             pytest.skip("needs a CUDA device")
         with torch.device("cuda"):
             yield torch.device("cuda", torch.cuda.current_device())

@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 import typer
 from benchmarks import __main__ as command_line
 from benchmarks import contenders, settings
+from benchmarks.__main__ import Device, Section
 from benchmarks.block import measure_decode
 from benchmarks.contenders import OURS, RECOMPUTING
 from benchmarks.layout import measure_layout
@@ -46,7 +47,8 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_line, "in_fresh_process", lambda measure, *args: measure(*args))
     monkeypatch.setattr(contenders, "HAS_TRANSFORMERS", False)
     monkeypatch.setattr(contenders, "HAS_MAMBAPY", False)
-    monkeypatch.setattr(command_line, "QUICK", SMALLEST)
+    suites = command_line.suites
+    monkeypatch.setitem(suites, Device.cpu, replace(suites[Device.cpu], quick=SMALLEST))
 
 
 def test_table_json_and_plot(tmp_path: Path) -> None:
@@ -75,19 +77,26 @@ def test_nothing_is_printed_while_results_are_wrong(monkeypatch: pytest.MonkeyPa
     assert "selective_scan (torch.float32), forward is wrong" in outcome.stderr
 
 
-def test_a_section_whose_process_dies_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [BrokenProcessPool, torch.OutOfMemoryError])
+def test_a_section_whose_process_dies_is_left_out(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def die(*args: object) -> Results:
-        raise BrokenProcessPool
+        raise error
 
-    monkeypatch.setattr(command_line, "in_fresh_process", die)
+    suites = command_line.suites
+    dying = replace(suites[Device.cpu], sections={Section.decode: die})
+    monkeypatch.setitem(suites, Device.cpu, dying)
     outcome = CliRunner().invoke(app, ["--quick", "--only", "decode"])
     assert outcome.exit_code == 0
     assert "decode is left out" in outcome.stdout
 
 
-def test_unknown_section() -> None:
-    outcome = CliRunner().invoke(app, ["--only", "sca"])
+@pytest.mark.parametrize("arguments", [["--only", "sca"], ["--device", "cuda", "--only", "rate"]])
+def test_unknown_section(arguments: list[str]) -> None:
+    outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 2
+    assert arguments[-1] in outcome.stderr
 
 
 def test_scan_and_its_plots(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from conftest import channels_last, gradients
 from mambablock.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # Sums of a few float64 products in another order.
 assert_same = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
@@ -103,14 +105,17 @@ def test_memory_layouts_give_the_same_bits(length: int, dtype: torch.dtype) -> N
     assert all(torch.equal(a, b) for a, b in zip(bits(x, dy), expected, strict=True))
 
 
-SEQUENCES = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2], [4, -1, -1, 3, 3, 7, 8, 8, -1]])
+SEQUENCES = [[0, 0, 0, 1, 2, 2, 2, 2, 2], [4, -1, -1, 3, 3, 7, 8, 8, -1]]
 
 
 @pytest.mark.parametrize("absent", [(), ("bias",), ("initial_states",)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_seq_idx(absent: tuple[str, ...], dtype: torch.dtype) -> None:
     tensors = {k: v for k, v in make_inputs().items() if k not in absent}
-    options: dict[str, Any] = {"seq_idx": SEQUENCES.to(dtype), "activation": "silu"}
+    options: dict[str, Any] = {
+        "seq_idx": torch.tensor(SEQUENCES, dtype=dtype),
+        "activation": "silu",
+    }
     assert_same(
         gradients(lambda **t: (causal_conv1d_fn(**t, **options),), tensors),
         gradients(lambda **t: definition(**t, **options)[:1], tensors),
@@ -152,11 +157,11 @@ def test_other_activations(function: Any) -> None:
 
 
 def test_bad_arguments() -> None:
-    tensors = make_inputs()
+    tensors, seq_idx = make_inputs(), torch.tensor(SEQUENCES)
     with pytest.raises(ValueError, match=r"return_final_states must be False with seq_idx"):
-        causal_conv1d_fn(**tensors, seq_idx=SEQUENCES, return_final_states=True)
+        causal_conv1d_fn(**tensors, seq_idx=seq_idx, return_final_states=True)
     with pytest.raises(ValueError, match=r"seq_idx must be \(batch=2, seqlen=9\); got \(2, 8\)"):
-        causal_conv1d_fn(**tensors, seq_idx=SEQUENCES[:, 1:])
+        causal_conv1d_fn(**tensors, seq_idx=seq_idx[:, 1:])
     with pytest.raises(ValueError, match=r"conv_state must hold at least width - 1 = 3 inputs"):
         causal_conv1d_update(tensors["x"], tensors["x"][..., :2], tensors["weight"])
 
@@ -211,11 +216,12 @@ def test_ring(steps: list[int], state_len: int) -> None:
     assert torch.equal(conv_state[..., places], tensors["x"][..., -state_len:])
 
 
-@pytest.mark.parametrize("cache_seqlens", [None, torch.tensor([5, 2, 8])])
+@pytest.mark.parametrize("lengths", [None, [5, 2, 8]])
 @pytest.mark.parametrize("state_len", [3, 5])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_state_indices(cache_seqlens: Tensor | None, state_len: int, dtype: torch.dtype) -> None:
+def test_state_indices(lengths: list[int] | None, state_len: int, dtype: torch.dtype) -> None:
     tensors = make_inputs(batch=3, length=2)
+    cache_seqlens = None if lengths is None else torch.tensor(lengths)
     x, weight = tensors["x"], tensors["weight"]
     states = torch.randn(6, 5, state_len, dtype=torch.float64)
     indices = torch.tensor([4, -1, 0], dtype=dtype)

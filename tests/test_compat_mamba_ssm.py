@@ -23,6 +23,8 @@ from mambablock.compat.mamba_ssm import (
     selective_state_update,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # Sums of some dozen float64 terms in another order.
 assert_same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambablock import MambaBlock
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCH, LENGTH = 2, 70
 
 
@@ -33,21 +35,18 @@ def results(block: MambaBlock, hidden: Tensor, *arguments: Any, **options: Any) 
     return [y, *last, *torch.autograd.grad(loss, leaves)]
 
 
-MASK = torch.ones(BATCH, LENGTH, dtype=torch.bool)
-MASK[0, :9] = False
-
-
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
         (BATCH, {}),
-        (BATCH, {"attention_mask": MASK}),
-        (1, {"cu_seqlens": torch.tensor([0, 3, 3, LENGTH])}),
+        (BATCH, {"attention_mask": [[t >= 9 * row for t in range(LENGTH)] for row in (1, 0)]}),
+        (1, {"cu_seqlens": [0, 3, 3, LENGTH]}),
     ],
     ids=["plain", "padded", "packed"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_same_bits(rows: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    options = {name: torch.tensor(values) for name, values in options.items()}
     keeping, recomputing = make_pair(dtype=dtype)
     hidden = torch.randn(rows, LENGTH, 6, dtype=dtype)
     sequences = 3 if "cu_seqlens" in options else rows
@@ -108,10 +107,10 @@ def test_the_scan_runs_once() -> None:
     assert calls.counts["mambablock::causal_conv1d"] == 2
 
 
-def test_under_autocast() -> None:
+def test_under_autocast(device: torch.device) -> None:
     keeping, recomputing = make_pair(dtype=torch.float32)
     hidden = torch.randn(BATCH, LENGTH, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         expected, got = results(keeping, hidden), results(recomputing, hidden)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 

@@ -39,23 +39,16 @@ void update_channels(const CausalConv1dUpdateParams& p, int64_t b, int64_t c, in
   store_converted(y, 1, p.silu ? silu(sum) : sum, count);
 }
 
-template <class T, class S>
-void update_rows(const CausalConv1dUpdateParams& p, int64_t begin, int64_t end) {
-  while (begin < end) {
-    const int64_t b = begin / p.channels, c = begin % p.channels;
-    const int64_t row_end = end - begin < p.channels - c ? end - begin : p.channels - c;
-    const int64_t count = row_end < kLanes<Accumulator<T>> ? row_end : kLanes<Accumulator<T>>;
-    update_channels<T, S>(p, b, c, count);
-    begin += count;
-  }
-}
-
 }  // namespace
 
 void causal_conv1d_update(const CausalConv1dUpdateParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     dispatch_dtype(p.state_dtype, [&](auto state_type) {
-      update_rows<decltype(type), decltype(state_type)>(p, begin, end);
+      using T = decltype(type);
+      const auto update = [&](int64_t b, int64_t c, int64_t count) {
+        update_channels<T, decltype(state_type)>(p, b, c, count);
+      };
+      for_each_vector<Accumulator<T>>(begin, end, p.channels, update);
     });
   });
 }

@@ -3,8 +3,6 @@
 // A thread's neighbouring channels of (B, L, D) tensors, moved at once where memory allows it.
 #pragma once
 
-#include <string.h>
-
 #include <type_traits>
 
 #include "device.cuh"

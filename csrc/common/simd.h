@@ -34,6 +34,20 @@ using Vector = typename VectorOf<A>::type;
 template <class A>
 inline constexpr int kLanes = kVectorBytes / sizeof(A);
 
+// Goes through rows of (batch, channel) [begin, end) with work(batch, channel, count), by `count`
+// channels of one batch, at most a vector of them.
+template <class A, class Work>
+[[gnu::always_inline]] inline void for_each_vector(int64_t begin, int64_t end, int64_t channels,
+                                                   Work work) {
+  while (begin < end) {
+    const int64_t c = begin % channels;
+    const int64_t rest = end - begin < channels - c ? end - begin : channels - c;
+    const int64_t count = rest < kLanes<A> ? rest : kLanes<A>;
+    work(begin / channels, c, count);
+    begin += count;
+  }
+}
+
 template <class V>
 [[gnu::always_inline]] inline V load_vector(const ScalarOf<V>* source) {
   V v;

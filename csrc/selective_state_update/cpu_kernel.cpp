@@ -56,23 +56,16 @@ void update_channels(const SelectiveStateUpdateParams& p, int64_t b, int64_t c, 
   store_converted(y, 1, out, count);
 }
 
-template <class T, class S>
-void update_rows(const SelectiveStateUpdateParams& p, int64_t begin, int64_t end) {
-  while (begin < end) {
-    const int64_t b = begin / p.channels, c = begin % p.channels;
-    const int64_t row_end = end - begin < p.channels - c ? end - begin : p.channels - c;
-    const int64_t count = row_end < kLanes<Accumulator<T>> ? row_end : kLanes<Accumulator<T>>;
-    update_channels<T, S>(p, b, c, count);
-    begin += count;
-  }
-}
-
 }  // namespace
 
 void selective_state_update(const SelectiveStateUpdateParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     dispatch_dtype(p.state_dtype, [&](auto state_type) {
-      update_rows<decltype(type), decltype(state_type)>(p, begin, end);
+      using T = decltype(type);
+      const auto update = [&](int64_t b, int64_t c, int64_t count) {
+        update_channels<T, decltype(state_type)>(p, b, c, count);
+      };
+      for_each_vector<Accumulator<T>>(begin, end, p.channels, update);
     });
   });
 }

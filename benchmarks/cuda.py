@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a CUDA device, in bfloat16: the scan, the convolution and the block's training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+
+from mambablock import MambaBlock
+
+from .contenders import (
+    CAUSAL_CONV1D,
+    LINEARS,
+    MAMBA_SSM,
+    OURS,
+    conv_inputs,
+    conv_task,
+    cuda_convs,
+    cuda_scans,
+    linears_task,
+    mixer_task,
+    scan,
+    scan_inputs,
+    under_autocast,
+)
+from .correctness import TOLERANCES, check_against_cpu, compare
+from .measure import Task, Timings, interleave
+from .results import Results, dtype_name
+from .settings import CudaSettings
+
+DTYPE = torch.bfloat16
+FORWARD, BACKWARD, STEP = "forward", "backward", "training step"
+COPY = "copy of the same bytes"
+CHECKED_CHANNELS = 64
+Name = TypeVar("Name")
+
+
+def measure_scan(settings: CudaSettings) -> Results:
+    results = Results()
+    with torch.device(settings.device):
+        _scan_next_to_others(settings, results)
+        _scan_by_length(settings, results)
+        _longest_scan(settings, results)
+    return results
+
+
+def _scan_next_to_others(settings: CudaSettings, results: Results) -> None:
+    batch, length, channels = settings.batch, settings.length, settings.channels
+    inputs = scan_inputs(length, d_inner=channels, dtype=DTYPE, batch=batch)
+    check_against_cpu("selective_scan", scan, inputs)
+    tasks = {name: prepare(inputs) for name, prepare in cuda_scans().items()}
+    timings = interleave(_passes(tasks), settings)
+    _add(results, "scan", timings, batch, length, channels)
+    for passes, limit in ((FORWARD, 0.20e-3), (BACKWARD, 0.50e-3)):
+        seconds = timings.seconds((OURS, passes))
+        results.within("scan", passes, seconds, "s", "limit on an H200", limit)
+        if MAMBA_SSM in tasks:
+            names = (OURS, passes), (MAMBA_SSM, passes)
+            what = f"{passes}: times faster"
+            results.times_faster("scan", what, timings, names, MAMBA_SSM, 2)
+
+
+def _scan_by_length(settings: CudaSettings, results: Results) -> None:
+    """The same steps, in many short sequences to one long one."""
+    steps, channels = settings.steps, settings.channels
+    inputs = scan_inputs(steps, d_inner=channels, dtype=DTYPE)
+    check_against_cpu("selective_scan of one long sequence", scan, inputs)
+    tasks = {
+        length: scan(
+            {n: t.reshape(-1, length, t.shape[2]) if t.dim() == 3 else t for n, t in inputs.items()}
+        )
+        for length in settings.lengths
+    }
+    timings = interleave(_passes(tasks), settings)
+    for length, task in tasks.items():
+        own = Timings({(OURS, p): timings.samples[length, p] for p in (FORWARD, BACKWARD)})
+        _add(results, "scan", own, task.leaves[0].shape[0], length, channels)
+    for passes in (FORWARD, BACKWARD):
+        names = (steps, passes), (steps // settings.batch, passes)
+        what = f"{passes} of {steps:,} steps in one sequence"
+        against = f"in {settings.batch} sequences"
+        results.at_most("scan", what, timings, names, against, 1.5)
+
+
+def _longest_scan(settings: CudaSettings, results: Results) -> None:
+    length, channels = settings.longest, settings.longest_channels
+    inputs = scan_inputs(length, d_inner=channels, dtype=DTYPE)
+    task = scan(inputs)
+    name = f"forward, L = {length:,}, {channels:,} channels: error"
+    # Of some channels, which do not depend on the others.
+    some = {n: t if n in ("B", "C") else t[..., :CHECKED_CHANNELS] for n, t in inputs.items()}
+    some["A"] = inputs["A"][:CHECKED_CHANNELS]
+    expected = scan({n: t.cpu().float() for n, t in some.items()}).forward()[0]
+    got = task.forward()[0][..., :CHECKED_CHANNELS]
+    error = compare(name, got, expected, TOLERANCES[DTYPE])
+    timings = interleave({(OURS, FORWARD): task.forward}, settings)
+    _add(results, "scan", timings, 1, length, channels)
+    results.within("scan", name, error, "", "of the largest value", TOLERANCES[DTYPE])
+
+
+def measure_conv(settings: CudaSettings) -> Results:
+    """Next to a copy within the device that reads and writes as many bytes."""
+    results = Results()
+    batch, length, channels = settings.batch, settings.conv_length, settings.channels
+    with torch.device(settings.device):
+        inputs = conv_inputs(length, d_inner=channels, dtype=DTYPE, batch=batch)
+        check_against_cpu("causal_conv1d", conv_task, inputs)
+        tasks = {name: prepare(inputs) for name, prepare in cuda_convs().items()}
+        x = inputs["x"].flatten()
+        # The forward reads x and writes y; the backward reads x and dy and writes dx.
+        sources = {FORWARD: x, BACKWARD: torch.cat([x, x[: len(x) // 2]])}
+        functions = _passes(tasks)
+        for passes, source in sources.items():
+            functions[COPY, passes] = _copy(source)
+        timings = interleave(functions, settings)
+    _add(results, "conv", timings, batch, length, channels)
+    for passes, share in ((FORWARD, 0.85), (BACKWARD, 0.75)):
+        what = f"{passes}: share of the bandwidth"
+        names = (OURS, passes), (COPY, passes)
+        results.times_faster("conv", what, timings, names, COPY, share)
+        if CAUSAL_CONV1D in tasks:
+            names = (OURS, passes), (CAUSAL_CONV1D, passes)
+            what = f"{passes}: times faster"
+            results.times_faster("conv", what, timings, names, CAUSAL_CONV1D, 1.2)
+    return results
+
+
+def measure_block(settings: CudaSettings) -> Results:
+    """Under autocast, with float32 parameters."""
+    results = Results()
+    batch, length, d_model = settings.batch, settings.length, settings.channels
+    with torch.device(settings.device):
+        block = MambaBlock(d_model)
+        x = torch.randn(batch, length, d_model, dtype=DTYPE)
+        tasks = {OURS: mixer_task(block, block, x), LINEARS: linears_task(block, x)}
+        tasks = {name: under_autocast(task, settings.device) for name, task in tasks.items()}
+        functions = {(name, FORWARD): task.forward for name, task in tasks.items()}
+        functions |= {(name, STEP): task.train for name, task in tasks.items()}
+        timings = interleave(functions, settings)
+    _add(results, "block", timings, batch, length, d_model)
+    names = (OURS, STEP), (LINEARS, STEP)
+    results.at_most("block", STEP, timings, names, "its four F.linear", 1.35)
+    return results
+
+
+def _passes(tasks: Mapping[Name, Task]) -> dict[tuple[Name, str], Callable[[], object]]:
+    return {
+        (name, passes): getattr(task, passes)
+        for passes in (FORWARD, BACKWARD)
+        for name, task in tasks.items()
+    }
+
+
+def _copy(source: torch.Tensor) -> Callable[[], object]:
+    destination = torch.empty_like(source)
+    return lambda: destination.copy_(source)
+
+
+def _add(
+    results: Results,
+    section: str,
+    timings: Timings[tuple[str, str]],
+    batch: int,
+    length: int,
+    channels: int,
+) -> None:
+    sizes = {"batch": batch, "length": length, "channels": channels, "dtype": dtype_name(DTYPE)}
+    for name, passes in timings.samples:
+        seconds = timings.seconds((name, passes))
+        results.add(section, name, **{"pass": passes}, **sizes, seconds=seconds)
