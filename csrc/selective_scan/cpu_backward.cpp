@@ -51,7 +51,8 @@ void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
   constexpr int lanes = Run<T>::lanes;
   const int64_t d_state = run.p.d_state;
   const auto *dt = run.column(column, BackwardTiles::kDt),
-             *dt_u = run.column(column, BackwardTiles::kDtU);
+             *dt_u = run.column(column, BackwardTiles::kDtU),
+             *dy = run.column(column, BackwardTiles::kDy);
   auto *y = run.column(column, BackwardTiles::kY), *work = run.work;
   const auto *B = run.B + n, *C = run.C + n;
   V A_log2e[Count], h[Count];
@@ -64,6 +65,7 @@ void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
   for (int64_t step = 0; step < run.steps; ++step) {
     const V dt_step = load_vector<V>(dt + step * lanes);
     const V dt_u_step = load_vector<V>(dt_u + step * lanes);
+    const V dy_step = load_vector<V>(dy + step * lanes);
     V y_step{};
     for (int i = 0; i < Count; ++i, work += kWork * lanes) {
       const V a = decay<InRange>(V(dt_step * A_log2e[i]));
@@ -71,9 +73,12 @@ void recompute_states(Run<T>& run, int64_t n, int64_t column, bool first) {
       y_step += h[i] * C[step * d_state + i];
       store_vector(work + kDecay * lanes, a);
       store_vector(work + kState * lanes, h[i]);
+      auto* dC = work + kDC * lanes;
       if (first) {
         store_vector(work + kDB * lanes, V{});
-        store_vector(work + kDC * lanes, V{});
+        store_vector(dC, V(dy_step * h[i]));
+      } else {
+        store_vector(dC, V(load_vector<V>(dC) + dy_step * h[i]));
       }
     }
     if (gated) store_vector(y + step * lanes, V(load_vector<V>(y + step * lanes) + y_step));
@@ -92,14 +97,13 @@ void reverse_states(Run<T>& run, int64_t n, int64_t column) {
   auto *g_B = run.column(column, BackwardTiles::kGB), *g_A = run.column(column, BackwardTiles::kGA);
   const auto *B = run.B + n, *C = run.C + n;
   auto* work = run.work + (run.steps - 1) * row;
-  V A_values[Count], a_g[Count], dA[Count], h[Count], h_before[Count];
+  V A_values[Count], a_g[Count], dA[Count], h_before[Count];
   for (int i = 0; i < Count; ++i) {
     const int64_t at = (n + i) * run.channels + column * lanes;
     A_values[i] = load_vector<V>(run.A_log2e + at) * ln2;
     a_g[i] = load_vector<V>(run.a_g + at);
     dA[i] = load_vector<V>(run.dA + at);
     h_before[i] = load_vector<V>(run.h + at);
-    h[i] = load_vector<V>(work + (i * kWork + kState) * lanes);
   }
   const auto reverse_step = [&](int64_t step, const V* previous) __attribute__((always_inline)) {
     const V dt_step = load_vector<V>(dt + step * lanes);
@@ -110,13 +114,11 @@ void reverse_states(Run<T>& run, int64_t n, int64_t column) {
       auto* at = work + i * kWork * lanes;
       const V g = dy_step * C[step * d_state + i] + a_g[i];
       store_vector(at + kDB * lanes, V(load_vector<V>(at + kDB * lanes) + g * dt_u_step));
-      store_vector(at + kDC * lanes, V(load_vector<V>(at + kDC * lanes) + dy_step * h[i]));
       g_B_step += g * B[step * d_state + i];
       a_g[i] = g * load_vector<V>(at + kDecay * lanes);
       const V a_g_h = a_g[i] * previous[i];
       g_A_step += a_g_h * A_values[i];
       dA[i] += a_g_h * dt_step;
-      h[i] = previous[i];
     }
     store_vector(g_B + step * lanes, g_B_step);
     store_vector(g_A + step * lanes, g_A_step);
@@ -165,8 +167,9 @@ void store_sums(const Run<T>& run, const Segment& segment, int64_t block, int64_
 }
 
 template <int Count, class T>
-void backward_states(Run<T>& run, const Segment& segment, int64_t first, int64_t n) {
+void backward_states(Run<T>& run, const Segment& segment, const Segment* next, int64_t first, int64_t n) {
   for (int64_t column = first; column < run.strip_end(first); ++column) {
+    run.prefetch_next(segment, next, run.strip_end(first), kScanChannelBlock, n / Count * run.strip_columns + column - first, run.strip_columns * (run.p.d_state / Count));
     run.exponents_in_range(column)
         ? recompute_states<Count, true>(run, n, column, column == first)
         : recompute_states<Count, false>(run, n, column, column == first);
@@ -255,10 +258,9 @@ void backward_segment(Run<T>& run, const Segment& segment, const Segment* next) 
     prepare_gradient(run, segment, first);
     int64_t n = 0;
     for (; n + kStatesAtOnce <= p.d_state; n += kStatesAtOnce) {
-      run.prefetch_next(segment, next, run.strip_end(first), kScanChannelBlock, n / kStatesAtOnce, p.d_state / kStatesAtOnce);
-      backward_states<kStatesAtOnce>(run, segment, first, n);
+      backward_states<kStatesAtOnce>(run, segment, next, first, n);
     }
-    for (; n < p.d_state; ++n) backward_states<1>(run, segment, first, n);
+    for (; n < p.d_state; ++n) backward_states<1>(run, segment, next, first, n);
     finish_gradient(run, segment, first);
   }
 }
