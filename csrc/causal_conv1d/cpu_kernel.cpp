@@ -21,6 +21,42 @@ Place place_of(const CausalConv1dParams& p, int64_t index) {
   return {index / (blocks * chunks) * chunks + index % chunks, index / chunks % blocks};
 }
 
+template <class A>
+struct Rows {
+  const A* first;
+  int64_t stride;
+  const A* row(int64_t index) const { return first + index * stride; }
+};
+
+// A vector for each tap: kept in registers where their number is known, else in rows of memory.
+template <int Width, class V>
+class ColumnParameters {
+ public:
+  using A = ScalarOf<V>;
+
+  ColumnParameters(A* rows, int64_t stride) : rows_(rows), stride_(stride) {
+    for (int tap = 0; tap < Width; ++tap) kept_[tap] = load_vector<V>(rows + tap * stride);
+  }
+  V operator[](int64_t tap) const {
+    return Width > 0 ? kept_[tap] : load_vector<V>(rows_ + tap * stride_);
+  }
+  void add(int64_t tap, V v) {
+    if constexpr (Width > 0) {
+      kept_[tap] += v;
+    } else {
+      store_vector(rows_ + tap * stride_, V((*this)[tap] + v));
+    }
+  }
+  void store() const {
+    for (int tap = 0; tap < Width; ++tap) store_vector(rows_ + tap * stride_, kept_[tap]);
+  }
+
+ private:
+  A* rows_;
+  int64_t stride_;
+  V kept_[Width > 0 ? Width : 1];
+};
+
 template <class T>
 class Item {
  public:
@@ -93,13 +129,28 @@ class Item {
     }
   }
 
-  // Inputs [begin, end) of the whole row: x, or the initial state before the sequence.
-  void load_inputs(int64_t begin, int64_t end, A* rows) const {
-    for (; begin < segment.sequence_begin && begin < end; ++begin, rows += stride) {
-      const int64_t row = begin - segment.sequence_begin + p.width - 1;
-      load_state(p.initial_state, state_offset(row), rows);
+  // Rows [begin, end) of the whole row: in the tensor itself where nothing is to be converted, else
+  // brought into the tile.
+  Rows<A> rows_of(const Strided3& input, int64_t begin, int64_t end, A* tile) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (input.channel == 1 && channels % lanes == 0) {
+        const A* row = static_cast<const A*>(input.data) + batch * input.batch;
+        return {row + begin * input.time + channel, input.time};
+      }
     }
-    load_tile<T>(p.x, batch, begin, end - begin, channel, channels, rows, strides);
+    load_tile<T>(input, batch, begin, end - begin, channel, channels, tile, strides);
+    return {tile, stride};
+  }
+
+  // The same of x, or of the initial state before the sequence.
+  Rows<A> inputs(int64_t begin, int64_t end, A* tile) const {
+    if (begin >= segment.sequence_begin) return rows_of(p.x, begin, end, tile);
+    A* row = tile;
+    for (; begin < segment.sequence_begin && begin < end; ++begin, row += stride) {
+      load_state(p.initial_state, state_offset(begin - segment.sequence_begin + p.width - 1), row);
+    }
+    load_tile<T>(p.x, batch, begin, end - begin, channel, channels, row, strides);
+    return {tile, stride};
   }
 
   // Where this block's channels of a row of this sequence's state begin.
@@ -121,20 +172,6 @@ class Item {
     store_row(static_cast<A*>(state) + state_offset(row), channels, source, lanes);
   }
 
-  // Adds sum_w weight_w x_{t+w} of the vectors at `c` to the sums of `Rows` steps t, of the first
-  // of which the row at x is the first input; with Sign -1, x_{t-w}. Rows at once share their
-  // loads.
-  template <int Width, int Sign, int Rows>
-  [[gnu::always_inline]] void convolve(const A* x, int64_t c, V (&sums)[Rows]) const {
-    const int64_t width = Width > 0 ? Width : p.width;
-    for (int64_t tap = 0; tap < width; ++tap) {
-      const V w = load_vector<V>(weight + tap * stride + c);
-      for (int row = 0; row < Rows; ++row) {
-        sums[row] += w * load_vector<V>(x + (row + Sign * tap) * stride + c);
-      }
-    }
-  }
-
   const CausalConv1dParams& p;
   int64_t chunk;  // counted through the whole batch
   int64_t batch, channel, channels;
@@ -143,47 +180,50 @@ class Item {
   A *weight, *bias;
 };
 
-// Steps done at once where d_conv is known.
+// Steps done at once where d_conv is known, which share their loads.
 template <int Width>
-constexpr int kRowsAtOnce = Width > 0 ? 4 : 1;
+constexpr int kStepsAtOnce = Width > 0 ? 4 : 1;
 
-// The outputs of `Rows` steps, x being the row of the first one's first input.
-template <int Width, int Rows, class T>
-void forward_rows(const Item<T>& item, const Accumulator<T>* x, T* target) {
-  using V = Vector<Accumulator<T>>;
+// The outputs of `Steps` steps from `step` on.
+template <int Width, int Steps, class T>
+void forward_steps(const Item<T>& item, Rows<Accumulator<T>> x, int64_t step, T* target) {
+  using V = typename Item<T>::V;
+  const int64_t width = Width > 0 ? Width : item.p.width;
   for (int64_t c = 0; c < item.channels; c += item.lanes) {
-    V sums[Rows];
+    V sums[Steps];
     for (V& sum : sums) sum = load_vector<V>(item.bias + c);
-    item.template convolve<Width, 1>(x, c, sums);
+    for (int64_t tap = 0; tap < width; ++tap) {
+      const V weight = load_vector<V>(item.weight + tap * item.stride + c);
+      for (int i = 0; i < Steps; ++i) {
+        sums[i] += weight * load_vector<V>(x.row(step + i + tap) + c);
+      }
+    }
     const int64_t rest = item.channels - c < item.lanes ? item.channels - c : item.lanes;
-    for (int row = 0; row < Rows; ++row) {
-      store_converted(target + row * item.p.y.time + c, 1,
-                      item.p.silu ? silu(sums[row]) : sums[row], rest);
+    for (int i = 0; i < Steps; ++i) {
+      store_converted(target + (step + i) * item.p.y.time + c, 1,
+                      item.p.silu ? silu(sums[i]) : sums[i], rest);
     }
   }
 }
 
 template <int Width, class T>
-void forward_segment(const Item<T>& item, Accumulator<T>* x) {
-  constexpr int64_t stride = Item<T>::stride;
-  constexpr int rows = kRowsAtOnce<Width>;
+void forward_segment(const Item<T>& item, Accumulator<T>* tile) {
+  constexpr int at_once = kStepsAtOnce<Width>;
   const CausalConv1dParams& p = item.p;
   const Segment& segment = item.segment;
   const int64_t before = p.width - 1;
-  item.load_inputs(segment.begin - before, segment.end, x);
+  const auto x = item.inputs(segment.begin - before, segment.end, tile);
   T* target =
       static_cast<T*>(p.y.data) + item.batch * p.y.batch + segment.begin * p.y.time + item.channel;
   int64_t step = 0;
-  for (; step + rows <= item.steps; step += rows) {
-    for (int row = 0; row < rows; ++row) item.prefetch(step + row);
-    forward_rows<Width, rows>(item, x + step * stride, target + step * p.y.time);
+  for (; step + at_once <= item.steps; step += at_once) {
+    for (int i = 0; i < at_once; ++i) item.prefetch(step + i);
+    forward_steps<Width, at_once>(item, x, step, target);
   }
-  for (; step < item.steps; ++step) {
-    forward_rows<Width, 1>(item, x + step * stride, target + step * p.y.time);
-  }
+  for (; step < item.steps; ++step) forward_steps<Width, 1>(item, x, step, target);
   if (!segment.ends()) return;
   for (int64_t row = 0; row < before; ++row) {
-    item.store_state(p.final_state, row, x + (item.steps + row) * stride);
+    item.store_state(p.final_state, row, x.row(item.steps + row));
   }
 }
 
@@ -193,122 +233,95 @@ void forward_item(Item<T> item, Scratch<Accumulator<T>>& scratch) {
   for (int64_t i = 0; item.next_segment(i); ++i) forward_segment<Width>(item, x);
 }
 
-// Turns rows of dy into rows of dpre, the gradient before the SiLU.
-template <int Width, int Rows, class T>
-void through_silu_rows(const Item<T>& item, const Accumulator<T>* x, Accumulator<T>* dpre) {
-  using V = Vector<Accumulator<T>>;
-  for (int64_t c = 0; c < item.channels; c += item.lanes) {
-    V pre[Rows];
-    for (V& sum : pre) sum = load_vector<V>(item.bias + c);
-    item.template convolve<Width, 1>(x, c, pre);
-    for (int row = 0; row < Rows; ++row) {
-      auto* at = dpre + row * item.stride + c;
-      const V derivative = silu_derivative(pre[row], sigmoid(pre[row]));
-      store_vector(at, V(load_vector<V>(at) * derivative));
-    }
-  }
-}
-
+// dpre, the gradient before the SiLU, of `rows` steps of the column of vectors at `c`, and what the
+// segment's own add to dweight_w = sum_t dpre_t x_{t-W+1+w} and, in row W of sums, to
+// dbias = sum_t dpre_t.
 template <int Width, class T>
-void through_silu(const Item<T>& item, const Accumulator<T>* x, int64_t count,
-                  Accumulator<T>* dpre) {
-  constexpr int rows = kRowsAtOnce<Width>;
-  int64_t row = 0;
-  for (; row + rows <= count; row += rows) {
-    through_silu_rows<Width, rows>(item, x + row * item.stride, dpre + row * item.stride);
-  }
-  for (; row < count; ++row) {
-    through_silu_rows<Width, 1>(item, x + row * item.stride, dpre + row * item.stride);
-  }
-}
-
-// Adds dweight_w = sum_t dpre_t x_{t-W+1+w} of the segment, and in row W dbias = sum_t dpre_t.
-template <int Width, class T>
-void add_parameter_sums(const Item<T>& item, const Accumulator<T>* x, const Accumulator<T>* dpre,
-                        Accumulator<T>* sums) {
+void output_gradient(const Item<T>& item, Rows<Accumulator<T>> x, Rows<Accumulator<T>> dy,
+                     int64_t c, int64_t rows, Accumulator<T>* dpre, Accumulator<T>* sums) {
   using V = typename Item<T>::V;
-  constexpr int64_t stride = Item<T>::stride;
-  // As many taps at a time as Width, so that their sums stay in registers.
-  constexpr int taps = Width > 0 ? Width : 1;
-  for (int64_t c = 0; c < item.channels; c += item.lanes) {
-    for (int64_t tap = 0; tap < item.p.width; tap += taps) {
-      V dweight[taps];
-      for (int i = 0; i < taps; ++i) dweight[i] = load_vector<V>(sums + (tap + i) * stride + c);
-      for (int64_t step = 0; step < item.steps; ++step) {
-        const V gradient = load_vector<V>(dpre + step * stride + c);
-        for (int i = 0; i < taps; ++i) {
-          dweight[i] += gradient * load_vector<V>(x + (step + tap + i) * stride + c);
-        }
+  const int64_t width = Width > 0 ? Width : item.p.width;
+  const ColumnParameters<Width, V> weight(item.weight + c, item.stride);
+  ColumnParameters<Width, V> dweight(sums + c, item.stride);
+  const V bias = load_vector<V>(item.bias + c);
+  V dbias = load_vector<V>(sums + width * item.stride + c);
+  for (int64_t step = 0; step < rows; ++step) {
+    V gradient = load_vector<V>(dy.row(step) + c);
+    if (item.p.silu) {
+      V pre = bias;
+      for (int64_t tap = 0; tap < width; ++tap) {
+        pre += weight[tap] * load_vector<V>(x.row(step + tap) + c);
       }
-      for (int i = 0; i < taps; ++i) store_vector(sums + (tap + i) * stride + c, dweight[i]);
+      gradient *= silu_derivative(pre, sigmoid(pre));
     }
-    V dbias = load_vector<V>(sums + item.p.width * stride + c);
-    for (int64_t step = 0; step < item.steps; ++step) {
-      dbias += load_vector<V>(dpre + step * stride + c);
+    store_vector(dpre + step * item.lanes, gradient);
+    if (step >= item.steps) continue;
+    dbias += gradient;
+    for (int64_t tap = 0; tap < width; ++tap) {
+      dweight.add(tap, gradient * load_vector<V>(x.row(step + tap) + c));
     }
-    store_vector(sums + item.p.width * stride + c, dbias);
   }
+  dweight.store();
+  store_vector(sums + width * item.stride + c, dbias);
 }
 
-// dx of `Rows` steps from `step`: dx_t = sum_w weight_w dpre_{t+W-1-w}. A negative step is an input
-// before the sequence, from the initial state.
-template <int Width, int Rows, class T>
-void input_gradient(const Item<T>& item, const Accumulator<T>* dpre, Accumulator<T>* dx,
-                    int64_t step) {
-  using V = Vector<Accumulator<T>>;
-  const CausalConv1dParams& p = item.p;
-  const int64_t around = p.width - 1, t = item.segment.begin + step;
-  for (int row = 0; row < Rows; ++row) {
-    // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
-    const int64_t in_state = t + row - (item.segment.sequence_end - around);
-    item.load_state(in_state >= 0 ? p.dfinal_state : nullptr, item.state_offset(in_state),
-                    dx + row * item.stride);
-  }
-  for (int64_t c = 0; c < item.channels; c += item.lanes) {
-    V sums[Rows];
-    for (int row = 0; row < Rows; ++row) sums[row] = load_vector<V>(dx + row * item.stride + c);
-    item.template convolve<Width, -1>(dpre + (step + 2 * around) * item.stride, c, sums);
-    for (int row = 0; row < Rows; ++row) store_vector(dx + row * item.stride + c, sums[row]);
-  }
-  if (step < 0) {
-    if (p.dinitial_state != nullptr) item.store_state(p.dinitial_state, around + step, dx);
-    return;
-  }
-  T* target = static_cast<T*>(p.dx.data) + item.batch * p.dx.batch + t * p.dx.time + item.channel;
-  for (int row = 0; row < Rows; ++row) {
-    store_row(target + row * p.dx.time, item.channels, dx + row * item.stride, item.lanes);
-  }
-}
-
-// Rows of x and dpre reach W-1 steps past the segment's end, for dx.
+// dx_t = sum_w weight_w dpre_{t+W-1-w} from step `first` on, dpre being of step 0. A negative step
+// is an input before the sequence, from the initial state.
 template <int Width, class T>
-void backward_segment(const Item<T>& item, Accumulator<T>* x, Accumulator<T>* dpre,
-                      Accumulator<T>* dx, Accumulator<T>* sums) {
-  constexpr int64_t stride = Item<T>::stride;
+void input_gradient(const Item<T>& item, const Accumulator<T>* dpre, int64_t c, int64_t first) {
+  using V = typename Item<T>::V;
+  using A = Accumulator<T>;
+  const CausalConv1dParams& p = item.p;
+  const int64_t width = Width > 0 ? Width : p.width, around = width - 1;
+  const int64_t rest = item.channels - c < item.lanes ? item.channels - c : item.lanes;
+  const ColumnParameters<Width, V> weight(item.weight + c, item.stride);
+  T* target = static_cast<T*>(p.dx.data) + item.batch * p.dx.batch +
+              item.segment.begin * p.dx.time + item.channel + c;
+  for (int64_t step = first; step < item.steps; ++step) {
+    // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
+    const int64_t in_state = item.segment.begin + step - (item.segment.sequence_end - around);
+    V dx{};
+    if (in_state >= 0 && p.dfinal_state != nullptr) {
+      const A* state = static_cast<const A*>(p.dfinal_state) + item.state_offset(in_state) + c;
+      dx = load_converted<A>(state, 1, rest);
+    }
+    for (int64_t tap = 0; tap < width; ++tap) {
+      dx += weight[tap] * load_vector<V>(dpre + (step + around - tap) * item.lanes);
+    }
+    if (step >= 0) {
+      store_converted(target + step * p.dx.time, 1, dx, rest);
+    } else if (p.dinitial_state != nullptr) {
+      A* state = static_cast<A*>(p.dinitial_state) + item.state_offset(around + step) + c;
+      store_converted(state, 1, dx, rest);
+    }
+  }
+}
+
+// Rows of x and dy reach W-1 steps past the segment's end, for dx.
+template <int Width, class T>
+void backward_segment(const Item<T>& item, Accumulator<T>* x_tile, Accumulator<T>* dy_tile,
+                      Accumulator<T>* dpre, Accumulator<T>* sums) {
   const CausalConv1dParams& p = item.p;
   const Segment& segment = item.segment;
   const int64_t around = p.width - 1, rest = segment.sequence_end - segment.end;
   const int64_t after = rest < around ? rest : around, rows = item.steps + after;
-  item.load_inputs(segment.begin - around, segment.end + after, x);
-  load_tile<T>(p.dy, item.batch, segment.begin, rows, item.channel, item.channels,
-               dpre + around * stride, item.strides);
-  if (p.silu) through_silu<Width>(item, x, rows, dpre + around * stride);
-  add_parameter_sums<Width>(item, x, dpre + around * stride, sums);
+  const auto x = item.inputs(segment.begin - around, segment.end + after, x_tile);
+  const auto dy = item.rows_of(p.dy, segment.begin, segment.end + after, dy_tile);
   // No gradient flows from before the sequence's begin or after its end; other segments give
   // theirs.
-  for (int64_t row = 0; row < around; ++row) item.load_state(nullptr, 0, dpre + row * stride);
-  for (int64_t row = around + rows; row < item.steps + 2 * around; ++row) {
-    item.load_state(nullptr, 0, dpre + row * stride);
+  for (int64_t i = 0; i < around * item.lanes; ++i) dpre[i] = 0;
+  auto* own = dpre + around * item.lanes;
+  for (int64_t i = rows * item.lanes; i < (item.steps + around) * item.lanes; ++i) own[i] = 0;
+  const int64_t columns = (item.channels + item.lanes - 1) / item.lanes;
+  for (int64_t column = 0; column < columns; ++column) {
+    for (int64_t step = kTimeTile * column / columns; step < kTimeTile * (column + 1) / columns;
+         ++step) {
+      item.prefetch(step);
+    }
+    output_gradient<Width>(item, x, dy, column * item.lanes, rows, own, sums);
+    // A segment that begins its sequence also gives the gradient of the W-1 inputs before it.
+    input_gradient<Width>(item, own, column * item.lanes, segment.starts() ? -around : 0);
   }
-  // A segment that begins its sequence also gives the gradient of the W-1 inputs before it.
-  constexpr int rows_at_once = kRowsAtOnce<Width>;
-  int64_t step = segment.starts() ? -around : 0;
-  for (; step < 0; ++step) input_gradient<Width, 1>(item, dpre, dx, step);
-  for (; step + rows_at_once <= item.steps; step += rows_at_once) {
-    for (int row = 0; row < rows_at_once; ++row) item.prefetch(step + row);
-    input_gradient<Width, rows_at_once>(item, dpre, dx, step);
-  }
-  for (; step < item.steps; ++step) input_gradient<Width, 1>(item, dpre, dx, step);
 }
 
 template <int Width, class T>
@@ -316,11 +329,10 @@ void backward_item(Item<T> item, Scratch<Accumulator<T>>& scratch) {
   using A = Accumulator<T>;
   const CausalConv1dParams& p = item.p;
   const int64_t tile = (kTimeTile + 2 * (p.width - 1)) * item.stride;
-  A *x = scratch.take(tile), *dpre = scratch.take(tile);
-  A* dx = scratch.take(kRowsAtOnce<Width> * item.stride);
+  A *x = scratch.take(tile), *dy = scratch.take(tile), *dpre = scratch.take(tile);
   A* sums = scratch.take((p.width + 1) * item.stride);
   for (int64_t i = 0; i < (p.width + 1) * item.stride; ++i) sums[i] = 0;
-  for (int64_t i = 0; item.next_segment(i); ++i) backward_segment<Width>(item, x, dpre, dx, sums);
+  for (int64_t i = 0; item.next_segment(i); ++i) backward_segment<Width>(item, x, dy, dpre, sums);
   for (int64_t tap = 0; tap < p.width; ++tap) {
     store_row(static_cast<A*>(p.dweight_partial) + (item.chunk * p.width + tap) * p.channels +
                   item.channel,
@@ -347,7 +359,7 @@ void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t e
 void causal_conv1d_backward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    Scratch<Accumulator<T>> scratch(Item<T>::scratch_size(p, 2));
+    Scratch<Accumulator<T>> scratch(Item<T>::scratch_size(p, 3));
     for (int64_t index = begin; index < end; ++index) {
       const Item<T> item(p, index, scratch);
       p.width == 4 ? backward_item<4>(item, scratch) : backward_item<0>(item, scratch);
