@@ -245,17 +245,29 @@ void output_gradient(const Item<T>& item, Rows<Accumulator<T>> x, Rows<Accumulat
   ColumnParameters<Width, V> dweight(sums + c, item.stride);
   const V bias = load_vector<V>(item.bias + c);
   V dbias = load_vector<V>(sums + width * item.stride + c);
-  for (int64_t step = 0; step < rows; ++step) {
-    V gradient = load_vector<V>(dy.row(step) + c);
-    if (item.p.silu) {
-      V pre = bias;
-      for (int64_t tap = 0; tap < width; ++tap) {
-        pre += weight[tap] * load_vector<V>(x.row(step + tap) + c);
-      }
-      gradient *= silu_derivative(pre, sigmoid(pre));
+  const auto through_silu = [&]<int Steps>(int64_t step) __attribute__((always_inline)) {
+    V gradients[Steps], pre[Steps];
+    for (int i = 0; i < Steps; ++i) {
+      gradients[i] = load_vector<V>(dy.row(step + i) + c);
+      pre[i] = bias;
     }
-    store_vector(dpre + step * item.lanes, gradient);
-    if (step >= item.steps) continue;
+    if (item.p.silu) {
+      for (int64_t tap = 0; tap < width; ++tap) {
+        for (int i = 0; i < Steps; ++i) {
+          pre[i] += weight[tap] * load_vector<V>(x.row(step + i + tap) + c);
+        }
+      }
+      V gate[Steps];
+      for (int i = 0; i < Steps; ++i) gate[i] = sigmoid(pre[i]);
+      for (int i = 0; i < Steps; ++i) gradients[i] *= silu_derivative(pre[i], gate[i]);
+    }
+    for (int i = 0; i < Steps; ++i) store_vector(dpre + (step + i) * item.lanes, gradients[i]);
+  };
+  int64_t next = 0;
+  for (; next + kStepsAtOnce<Width> <= rows; next += kStepsAtOnce<Width>) through_silu.template operator()<kStepsAtOnce<Width>>(next);
+  for (; next < rows; ++next) through_silu.template operator()<1>(next);
+  for (int64_t step = 0; step < item.steps; ++step) {
+    const V gradient = load_vector<V>(dpre + step * item.lanes);
     dbias += gradient;
     for (int64_t tap = 0; tap < width; ++tap) {
       dweight.add(tap, gradient * load_vector<V>(x.row(step + tap) + c));
@@ -277,23 +289,31 @@ void input_gradient(const Item<T>& item, const Accumulator<T>* dpre, int64_t c, 
   const ColumnParameters<Width, V> weight(item.weight + c, item.stride);
   T* target = static_cast<T*>(p.dx.data) + item.batch * p.dx.batch +
               item.segment.begin * p.dx.time + item.channel + c;
-  for (int64_t step = first; step < item.steps; ++step) {
-    // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
-    const int64_t in_state = item.segment.begin + step - (item.segment.sequence_end - around);
-    V dx{};
-    if (in_state >= 0 && p.dfinal_state != nullptr) {
-      const A* state = static_cast<const A*>(p.dfinal_state) + item.state_offset(in_state) + c;
-      dx = load_converted<A>(state, 1, rest);
-    }
+  const auto gradient = [&](int64_t step, V dx) __attribute__((always_inline)) {
     for (int64_t tap = 0; tap < width; ++tap) {
       dx += weight[tap] * load_vector<V>(dpre + (step + around - tap) * item.lanes);
     }
-    if (step >= 0) {
-      store_converted(target + step * p.dx.time, 1, dx, rest);
-    } else if (p.dinitial_state != nullptr) {
-      A* state = static_cast<A*>(p.dinitial_state) + item.state_offset(around + step) + c;
-      store_converted(state, 1, dx, rest);
-    }
+    return dx;
+  };
+  // Inputs among the sequence's last W-1, the initial state's included, are in the final state.
+  const int64_t end = item.segment.sequence_end - item.segment.begin, kept = end - around;
+  const auto from_final_state = [&](int64_t step) {
+    if (step < kept || p.dfinal_state == nullptr) return V{};
+    const A* state = static_cast<const A*>(p.dfinal_state);
+    return load_converted<A>(state + item.state_offset(step - kept) + c, 1, rest);
+  };
+  int64_t step = first;
+  for (; step < 0; ++step) {
+    const V dx = gradient(step, from_final_state(step));
+    if (p.dinitial_state == nullptr) continue;
+    A* state = static_cast<A*>(p.dinitial_state) + item.state_offset(around + step) + c;
+    store_converted(state, 1, dx, rest);
+  }
+  for (; step < item.steps && step < kept; ++step) {
+    store_converted(target + step * p.dx.time, 1, gradient(step, V{}), rest);
+  }
+  for (; step < item.steps; ++step) {
+    store_converted(target + step * p.dx.time, 1, gradient(step, from_final_state(step)), rest);
   }
 }
 

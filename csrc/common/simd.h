@@ -132,6 +132,9 @@ inline void load_row(const T* source, int64_t stride, int64_t channels, Accumula
 template <class A, class T>
 [[gnu::always_inline]] inline Vector<A> load_converted(const T* source, int64_t stride,
                                                        int64_t count) {
+  if constexpr (std::is_same_v<A, T>) {
+    if (stride == 1 && count == kLanes<A>) return load_vector<Vector<A>>(source);
+  }
   A lanes[kLanes<A>]{};
   if (stride == 1 && count == kLanes<A>) {
     for (int lane = 0; lane < kLanes<A>; ++lane) lanes[lane] = to_accumulator(source[lane]);
@@ -147,6 +150,9 @@ template <class A, class T>
 template <class T, class V>
 [[gnu::always_inline]] inline void store_converted(T* target, int64_t stride, V v, int64_t count) {
   using A = ScalarOf<V>;
+  if constexpr (std::is_same_v<A, T>) {
+    if (stride == 1 && count == kLanes<A>) return store_vector(target, v);
+  }
   A lanes[kLanes<A>];
   store_vector(lanes, v);
   if (stride == 1 && count == kLanes<A>) {
