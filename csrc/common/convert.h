@@ -35,6 +35,16 @@ MAMBABLOCK_INLINE float to_accumulator(Float16 x) {
 #endif
 }
 
+// The bits of the nearest bfloat16, ties to even, of a float or of each lane of a vector.
+template <class V>
+MAMBABLOCK_INLINE auto bfloat16_bits(V x) {
+  using Int = typename VectorTraits<V>::Int;
+  const V nan = V{} + __builtin_nanf("");
+  const V one_nan = x != x ? nan : x;
+  const Int bits = bit_cast<Int>(one_nan);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
 // Rounds to nearest, ties to even.
 template <class T>
 MAMBABLOCK_INLINE T from_accumulator(Accumulator<T> x) {
@@ -44,9 +54,7 @@ MAMBABLOCK_INLINE T from_accumulator(Accumulator<T> x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(x));
     return {result};
 #else
-    const uint32_t bits = bit_cast<uint32_t>(x);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return {uint16_t(x != x ? 0x7fc0 : rounded)};
+    return {uint16_t(bfloat16_bits(x))};
 #endif
   } else if constexpr (std::is_same_v<T, Float16>) {
 #if defined(__CUDA_ARCH__)

@@ -49,6 +49,13 @@ template <class A, class Work>
 }
 
 template <class V>
+struct HalvesOf {
+  typedef uint16_t type __attribute__((vector_size(sizeof(V) / 2)));
+};
+template <class V>
+using Halves = typename HalvesOf<V>::type;
+
+template <class V>
 [[gnu::always_inline]] inline V load_vector(const ScalarOf<V>* source) {
   V v;
   memcpy(&v, source, sizeof v);
@@ -58,6 +65,51 @@ template <class V>
 template <class V>
 [[gnu::always_inline]] inline void store_vector(ScalarOf<V>* target, V v) {
   memcpy(target, &v, sizeof v);
+}
+
+// A vector's worth of elements, converted.
+template <class V, class T>
+[[gnu::always_inline]] inline V load_whole(const T* source) {
+  if constexpr (std::is_same_v<T, ScalarOf<V>>) {
+    return load_vector<V>(source);
+  } else if constexpr (std::is_same_v<T, BFloat16> && !is_float64<V>) {
+    Halves<V> halves;
+    memcpy(&halves, source, sizeof halves);
+    using Int = typename VectorTraits<V>::Int;
+    return __builtin_bit_cast(V, __builtin_convertvector(halves, Int) << 16);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
+    return V(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
+#elif defined(__F16C__)
+  } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
+    return V(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#endif
+  } else {
+    V v;
+    for (int i = 0; i < VectorTraits<V>::lanes; ++i) v[i] = to_accumulator(source[i]);
+    return v;
+  }
+}
+
+template <class T, class V>
+[[gnu::always_inline]] inline void store_whole(T* target, V v) {
+  if constexpr (std::is_same_v<T, ScalarOf<V>>) {
+    store_vector(target, v);
+  } else if constexpr (std::is_same_v<T, BFloat16> && !is_float64<V>) {
+    const auto halves = __builtin_convertvector(bfloat16_bits(v), Halves<V>);
+    memcpy(target, &halves, sizeof halves);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
+    const auto halves = _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(target, &halves, sizeof halves);
+#elif defined(__F16C__)
+  } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
+    const auto halves = _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT);
+    memcpy(target, &halves, sizeof halves);
+#endif
+  } else {
+    for (int i = 0; i < VectorTraits<V>::lanes; ++i) target[i] = from_accumulator<T>(v[i]);
+  }
 }
 
 // A kernel's own memory: `count` elements, handed out in at most 16 pieces that begin on cache
@@ -118,7 +170,7 @@ inline void load_row(const T* source, int64_t stride, int64_t channels, Accumula
   constexpr int lanes = kLanes<A>;
   const int64_t whole = stride == 1 ? channels / lanes * lanes : 0;
   for (int64_t c = 0; c < whole; c += lanes, target += column) {
-    for (int lane = 0; lane < lanes; ++lane) target[lane] = to_accumulator(source[c + lane]);
+    store_vector(target, load_whole<Vector<A>>(source + c));
   }
   for (int64_t c = whole; c < channels; c += lanes, target += column) {
     const int64_t rest = channels - c < lanes ? channels - c : lanes;
@@ -132,16 +184,10 @@ inline void load_row(const T* source, int64_t stride, int64_t channels, Accumula
 template <class A, class T>
 [[gnu::always_inline]] inline Vector<A> load_converted(const T* source, int64_t stride,
                                                        int64_t count) {
-  if constexpr (std::is_same_v<A, T>) {
-    if (stride == 1 && count == kLanes<A>) return load_vector<Vector<A>>(source);
-  }
+  if (stride == 1 && count == kLanes<A>) return load_whole<Vector<A>>(source);
   A lanes[kLanes<A>]{};
-  if (stride == 1 && count == kLanes<A>) {
-    for (int lane = 0; lane < kLanes<A>; ++lane) lanes[lane] = to_accumulator(source[lane]);
-  } else {
-    for (int64_t lane = 0; lane < count; ++lane) {
-      lanes[lane] = to_accumulator(source[lane * stride]);
-    }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    lanes[lane] = to_accumulator(source[lane * stride]);
   }
   return load_vector<Vector<A>>(lanes);
 }
@@ -150,17 +196,11 @@ template <class A, class T>
 template <class T, class V>
 [[gnu::always_inline]] inline void store_converted(T* target, int64_t stride, V v, int64_t count) {
   using A = ScalarOf<V>;
-  if constexpr (std::is_same_v<A, T>) {
-    if (stride == 1 && count == kLanes<A>) return store_vector(target, v);
-  }
+  if (stride == 1 && count == kLanes<A>) return store_whole(target, v);
   A lanes[kLanes<A>];
   store_vector(lanes, v);
-  if (stride == 1 && count == kLanes<A>) {
-    for (int lane = 0; lane < kLanes<A>; ++lane) target[lane] = from_accumulator<T>(lanes[lane]);
-  } else {
-    for (int64_t lane = 0; lane < count; ++lane) {
-      target[lane * stride] = from_accumulator<T>(lanes[lane]);
-    }
+  for (int64_t lane = 0; lane < count; ++lane) {
+    target[lane * stride] = from_accumulator<T>(lanes[lane]);
   }
 }
 
@@ -168,7 +208,7 @@ template <class T>
 inline void store_row(T* target, int64_t channels, const Accumulator<T>* source, int64_t column) {
   constexpr int lanes = kLanes<Accumulator<T>>;
   for (; channels >= lanes; channels -= lanes, target += lanes, source += column) {
-    for (int lane = 0; lane < lanes; ++lane) target[lane] = from_accumulator<T>(source[lane]);
+    store_whole(target, load_vector<Vector<Accumulator<T>>>(source));
   }
   for (int64_t lane = 0; lane < channels; ++lane) {
     target[lane] = from_accumulator<T>(source[lane]);
@@ -210,9 +250,7 @@ template <class T>
   constexpr int lanes = kLanes<A>;
   V rows[lanes];
   for (int lane = 0; lane < lanes; ++lane, source += channel_stride) {
-    A values[lanes];
-    for (int i = 0; i < lanes; ++i) values[i] = to_accumulator(source[i]);
-    rows[lane] = load_vector<V>(values);
+    rows[lane] = load_whole<V>(source);
   }
   transpose(rows);
   for (int i = 0; i < lanes; ++i) store_vector(target + i * step_stride, rows[i]);
