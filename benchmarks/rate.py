@@ -60,18 +60,10 @@ def _rate_at_level(level: str, settings: Settings) -> Results:
     results = Results()
     for name, values in rates.items():
         results.add("rate", name, simd=level, value=median(values), unit="/s")
-    scan_rates, exp_rates = rates["scan"], rates["exp2 loop"]  # the scan's own is exp2
-    results.bars.append(
-        Bar(
-            "rate",
-            f"state-steps per second and core, {level}",
-            median(scan_rates),
-            "/s",
-            "exp2 loop",
-            median(exp_rates),
-            median(a / b for a, b in zip(scan_rates, exp_rates, strict=True)),
-            0.55,
-            at_least=True,
-        )
-    )
+    for loop in ("exp2 loop", "exp loop"):  # the scan's own is exp2
+        ratio = median(a / b for a, b in zip(rates["scan"], rates[loop], strict=True))
+        what = f"state-steps per second and core, {level}"
+        against = ("/s", loop, median(rates[loop]))
+        scan_rate = median(rates["scan"])
+        results.bars.append(Bar("rate", what, scan_rate, *against, ratio, 0.55, at_least=True))
     return results

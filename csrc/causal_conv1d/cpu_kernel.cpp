@@ -119,12 +119,14 @@ class Item {
     if (t >= p.length) return;
     for (const Strided3* input : {&p.x, &p.dy}) {
       if (input->data != nullptr && input->channel == 1) {
-        prefetch_row<T, Access::kRead>(input->data, batch * input->batch + t * input->time + to, count);
+        prefetch_row<T, Access::kRead>(input->data, batch * input->batch + t * input->time + to,
+                                       count);
       }
     }
     for (const Strided3Out* output : {&p.y, &p.dx}) {
       if (output->data != nullptr) {
-        prefetch_row<T, Access::kWrite>(output->data, batch * output->batch + t * output->time + to, count);
+        prefetch_row<T, Access::kWrite>(output->data, batch * output->batch + t * output->time + to,
+                                        count);
       }
     }
   }
@@ -264,7 +266,8 @@ void output_gradient(const Item<T>& item, Rows<Accumulator<T>> x, Rows<Accumulat
     for (int i = 0; i < Steps; ++i) store_vector(dpre + (step + i) * item.lanes, gradients[i]);
   };
   int64_t next = 0;
-  for (; next + kStepsAtOnce<Width> <= rows; next += kStepsAtOnce<Width>) through_silu.template operator()<kStepsAtOnce<Width>>(next);
+  for (; next + kStepsAtOnce<Width> <= rows; next += kStepsAtOnce<Width>)
+    through_silu.template operator()<kStepsAtOnce<Width>>(next);
   for (; next < rows; ++next) through_silu.template operator()<1>(next);
   for (int64_t step = 0; step < item.steps; ++step) {
     const V gradient = load_vector<V>(dpre + step * item.lanes);

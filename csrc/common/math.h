@@ -102,8 +102,8 @@ inline constexpr float kLog2E = 1.44269504088896341f;
 // Adding this number rounds a float32 to an integer, left in the low bits of the sum.
 inline constexpr float kRoundingShift = 12582912.0f;
 
-// The bits of x's fraction that exp2 looks up, where an instruction takes lanes of one vector by the
-// indices in another; a shorter polynomial then does for the rest.
+// The bits of x's fraction that exp2 looks up, where an instruction takes lanes of one vector by
+// the indices in another; a shorter polynomial then does for the rest.
 template <class V>
 MAMBABLOCK_INLINE constexpr int exp2_table_bits() {
   if constexpr (is_float64<V>) return 0;

@@ -147,11 +147,12 @@ struct TileStrides {
 };
 
 // Asks for a row's memory ahead of its use, to be read into the second-level cache, since the first
-// is too small for it to last there, or to be written. Whatever only prefetches must be inlined: GCC
-// takes a function without other effects for one without any.
+// is too small for it to last there, or to be written. Whatever only prefetches must be inlined:
+// GCC takes a function without other effects for one without any.
 enum class Access { kRead, kWrite };
 template <class T, Access Use>
-[[gnu::always_inline]] inline void prefetch_row(const void* data, int64_t offset, int64_t channels) {
+[[gnu::always_inline]] inline void prefetch_row(const void* data, int64_t offset,
+                                                int64_t channels) {
   const char* row = reinterpret_cast<const char*>(static_cast<const T*>(data) + offset);
   for (int64_t byte = 0; byte < channels * int64_t(sizeof(T)); byte += 64) {
     if constexpr (Use == Access::kRead) {
@@ -282,8 +283,8 @@ inline void load_channels(const T* source, const Strided3& input, int64_t steps,
 
 // Asks for one of `parts` parts of `count` stretches of `length` elements, `stride` apart.
 template <class T>
-[[gnu::always_inline]] inline void prefetch_part(const T* first, int64_t stride, int64_t count, int64_t length,
-                          int64_t part, int64_t parts) {
+[[gnu::always_inline]] inline void prefetch_part(const T* first, int64_t stride, int64_t count,
+                                                 int64_t length, int64_t part, int64_t parts) {
   for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) {
     prefetch_row<T, Access::kRead>(first, i * stride, length);
   }

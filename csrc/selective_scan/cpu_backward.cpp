@@ -167,9 +167,11 @@ void store_sums(const Run<T>& run, const Segment& segment, int64_t block, int64_
 }
 
 template <int Count, class T>
-void backward_states(Run<T>& run, const Segment& segment, const Segment* next, int64_t first, int64_t n) {
+void backward_states(Run<T>& run, const Segment& segment, const Segment* next, int64_t first,
+                     int64_t n) {
   for (int64_t column = first; column < run.strip_end(first); ++column) {
-    run.prefetch_next(segment, next, run.strip_end(first), kScanChannelBlock, n / Count * run.strip_columns + column - first, run.strip_columns * (run.p.d_state / Count));
+    run.prefetch_next(segment, next, first, n / Count * run.strip_columns + column - first,
+                      run.p.d_state / Count * run.strip_columns);
     run.exponents_in_range(column)
         ? recompute_states<Count, true>(run, n, column, column == first)
         : recompute_states<Count, false>(run, n, column, column == first);
@@ -254,7 +256,6 @@ void backward_segment(Run<T>& run, const Segment& segment, const Segment* next) 
   run.load(segment);
   for (int64_t first = 0; first < run.run.columns; first += run.strip_columns) {
     run.load_strip(segment, first);
-    for (int64_t c = first; c < run.strip_end(first); ++c) run.prepare_column(c);
     prepare_gradient(run, segment, first);
     int64_t n = 0;
     for (; n + kStatesAtOnce <= p.d_state; n += kStatesAtOnce) {

@@ -84,9 +84,7 @@ void forward_run(Run<T> tiles) {
       for (int64_t first = 0; first < run.columns; first += tiles.strip_columns) {
         tiles.load_strip(segment, first);
         for (int64_t c = first; c < tiles.strip_end(first); ++c) {
-          constexpr int64_t ahead = 256 / tiles.lanes;
-          tiles.prefetch_next(segment, next, c / ahead * ahead + ahead, 256, c % ahead, ahead);
-          tiles.prepare_column(c);
+          tiles.prefetch_next(segment, next, first, c - first, tiles.strip_columns);
           forward_column(tiles, c);
         }
         tiles.store_output(ForwardTiles::kY, segment, first, p.y);

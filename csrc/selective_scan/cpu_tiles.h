@@ -59,7 +59,7 @@ struct Tiles {
   // One row more than there are steps: the processor confuses addresses that are the same within
   // 4096 bytes, as those of one step in two tiles would else be.
   static constexpr int64_t rows = kTimeTile + 1;
-  static constexpr int64_t strip_columns = Which::kStripChannels < lanes ? 1 : Which::kStripChannels / lanes;
+  static constexpr int64_t strip_columns = Which::kStripChannels / lanes;
   static constexpr TileStrides strides{Which::kCount * rows * lanes, lanes};
 
   // The most channels that a run has, in whole columns.
@@ -111,7 +111,7 @@ struct Tiles {
   }
   int64_t channels_in_strip(int64_t first) const {
     const int64_t rest = run.channels - first * lanes;
-    return rest < strip_columns * lanes ? rest : strip_columns * lanes;
+    return rest < Which::kStripChannels ? rest : Which::kStripChannels;
   }
 
   void load_channel_parameter(const void* source, A* target) const {
@@ -186,6 +186,7 @@ struct Tiles {
     load_input(p.u, segment, first, Which::kU);
     load_input(p.delta, segment, first, Which::kDelta);
     if (gated()) load_input(p.z, segment, first, Which::kZ);
+    for (int64_t column = first; column < strip_end(first); ++column) prepare_column(column);
   }
 
   // Of a loaded column, what is the same for all states; y begins as D u.
@@ -221,17 +222,16 @@ struct Tiles {
 
   // Asks for a part of the rows of the strip that comes after the one that begins with column
   // `first`, perhaps in the next segment: memory and arithmetic then take their time side by side.
-  [[gnu::always_inline]] void prefetch_next(const Segment& segment, const Segment* next, int64_t end, int64_t wide, int64_t part,
-                     int64_t parts) const {
-    const bool last = end >= run.columns;
+  [[gnu::always_inline]] void prefetch_next(const Segment& segment, const Segment* next,
+                                            int64_t first, int64_t part, int64_t parts) const {
+    const bool last = strip_end(first) == run.columns;
     if (last && next == nullptr) return;
     const Segment& ahead = last ? *next : segment;
-    const int64_t column = last ? 0 : end;
-    const int64_t channel = run.channel + column * lanes, rest = run.channels - column * lanes;
-    const int64_t count = rest < wide ? rest : wide;
+    const int64_t column = last ? 0 : strip_end(first);
+    const int64_t channel = run.channel + column * lanes, count = channels_in_strip(column);
     const int64_t length = ahead.end - ahead.begin;
     const auto ask = [&]<Access Use>(const void* data, int64_t batch,
-                                           int64_t time) __attribute__((always_inline)) {
+                                     int64_t time) __attribute__((always_inline)) {
       if (data == nullptr) return;
       for (int64_t row = length * part / parts; row < length * (part + 1) / parts; ++row) {
         prefetch_row<T, Use>(data, run.batch * batch + (ahead.begin + row) * time + channel, count);
