@@ -7,25 +7,26 @@
 namespace mambablock {
 namespace {
 
-// Rows that a thread prepares at once; wide types take many registers.
-template <class T>
-inline constexpr int kRowsAtOnce = sizeof(T) == 8   ? 1
-                                   : sizeof(T) == 4 ? 2
-                                                    : kRowsPerThread;
+// Rows that a thread prepares at once; wide types take many registers, and so do B and C in blocks
+// of few threads.
+template <class T, int Channels>
+inline constexpr int kRowsAtOnce = sizeof(T) == 8                    ? 1
+                                   : sizeof(T) == 4 || Channels < 64 ? 2
+                                                                     : kRowsPerThread;
 
 template <class A>
 struct Prepared {
-  A dt, dy;  // dy: of the y before the gate
-  Kept<A> kept;
+  A dt, derivative;  // by delta
+  A dy, dz;          // dy: of the y before the gate; dz: but for the factor y
 };
 
 template <class A>
 __device__ __forceinline__ Prepared<A> prepared(A delta, A bias, A dy, A z, bool delta_softplus,
                                                 bool gated) {
   const Softplus<A> dt = time_step(delta, bias, delta_softplus);
-  if (!gated) return {dt.value, dy, {dt.derivative, A(0)}};
+  if (!gated) return {dt.value, dt.derivative, dy, A(0)};
   const A gate = sigmoid(z);
-  return {dt.value, dy * z * gate, {dt.derivative, dy * silu_derivative(z, gate)}};
+  return {dt.value, dt.derivative, dy * z * gate, dy * silu_derivative(z, gate)};
 }
 
 // Of channels from `column` on, sum_n g B and sum_n A log2(e) a g h_{t-1}.
@@ -43,17 +44,14 @@ __device__ __forceinline__ void load_sums(const BackwardMemory<A, Channels>& mem
   }
 }
 
-// A channel's sums over the chunk's time, given those of each of the threads that share its steps.
+// A channel's sums over the chunk's time.
 template <class T, int Channels>
-__device__ __forceinline__ void store_channel_sums(const Block<T, Channels>& block,
-                                                   Accumulator<T> (*rows)[Channels],
-                                                   const Accumulator<T> (&sums)[kChannelPack],
-                                                   void* partial, int64_t row) {
-  store_quads(sums, &rows[block.row][block.column]);
-  __syncthreads();
+__device__ __forceinline__ void store_channel_sums(
+    const Block<T, Channels>& block, const Accumulator<T> (&sums)[kRowSpacing][Channels],
+    void* partial, int64_t row) {
   Accumulator<T> total = 0;
 #pragma unroll
-  for (int i = 0; i < kRowSpacing; ++i) total += rows[i][block.own];
+  for (int i = 0; i < kRowSpacing; ++i) total += sums[i][block.own];
   if (block.own < block.channels) block.channel_row(partial, row)[block.own] = total;
 }
 
@@ -64,10 +62,14 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   auto& memory = *reinterpret_cast<BackwardMemory<A, Channels>*>(shared_memory());
   const Sequences& sequences = block.sequences;
   const bool gated = p.z.data != nullptr;
-  constexpr int rows_at_once = kRowsAtOnce<T>;
-  const int64_t row = block.batch * p.chunks + block.chunk;
-  A* carry = p.carry == nullptr ? nullptr : block.channel_row(p.carry, row, p.d_state);
-  A* dA_row = block.channel_row(p.dA_partial, row, p.d_state);
+  constexpr int rows_at_once = kRowsAtOnce<T, Channels>;
+  constexpr bool unrolled = kOneGroup && sizeof(A) < 8;  // else registers run out
+  if (threadIdx.x == 0) memory.row = block.batch * p.chunks + block.chunk;
+  __syncthreads();
+  const auto carry_row = [&] {
+    return p.carry == nullptr ? nullptr : block.channel_row(p.carry, memory.row, p.d_state);
+  };
+  const auto dA_row = [&] { return block.channel_row(p.dA_partial, memory.row, p.d_state); };
   BackwardThread<T, Channels> thread{block, memory, {}, {}, {}, {}};
 
   // A sequence of no steps hands the gradient of its final state to its initial one.
@@ -94,28 +96,36 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
       for (int64_t s = sequences.first_from(p.length); s < p.sequences; ++s) pass_through(s, first);
     }
     load_A_log2e(block, first, thread.A_log2e);
-    thread.a_g.load(block, carry, first);
+    thread.a_g.load(block, carry_row(), first);
     thread.dA.load(block, nullptr, first);
     if (block.begin < block.end) cursor = enter(block.end, first);
     if (!kOneGroup) {
-      thread.a_g.store(block, carry, first);
-      thread.dA.store(block, dA_row, first);
+      thread.a_g.store(block, carry_row(), first);
+      thread.dA.store(block, dA_row(), first);
     }
   });
   memory.delta_bias[block.own] = block.parameter(p.delta_bias, block.own);
   memory.D[block.own] = block.parameter(p.D, block.own);
+#pragma unroll
+  for (int i = 0; i < kRowSpacing; ++i) {
+    memory.dD[i][block.own] = memory.ddelta_bias[i][block.own] = 0;
+  }
+  // Steps past the end of the last tile add nothing.
+  for (int step = 0; step < kCudaTile; ++step) {
+    for (auto& half : memory.sums) half.at[step][block.own] = {};
+  }
   __syncthreads();
 
   const int64_t tiles = (block.end - block.begin + kCudaTile - 1) / kCudaTile;
   const int64_t last = block.begin + (tiles - 1) * kCudaTile;
   StatesInput<T, Channels> B_input(block, p.B, last), C_input(block, p.C, last);
-  TileInput<T> u_input(block, p.u, last), delta_input(block, p.delta, last),
+  TileInput<T, true> u_input(block, p.u, last), delta_input(block, p.delta, last),
       dy_input(block, p.dy, last), z_input(block, p.z, last);
-  TileOutput<T> du_output(block, p.du, last), ddelta_output(block, p.ddelta, last),
+  TileOutput<T, true> du_output(block, p.du, last), ddelta_output(block, p.ddelta, last),
       dz_output(block, p.dz, last);
   GroupSums<T, Channels> group_sums(block, last);
   A* saved = States<A>::saved_place(block, last);
-  const int64_t saved_of_tile = p.d_state * p.channels;
+  const int64_t saved_of_tile = used_here(p.d_state * p.channels);
   ChannelPack<T> u[rows_at_once] = {}, delta[rows_at_once] = {}, dy[rows_at_once] = {},
                  z[rows_at_once] = {}, B[StatesInput<T, Channels>::rounds] = {},
                  C[StatesInput<T, Channels>::rounds] = {};
@@ -123,55 +133,44 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
                      ddelta_output.packs && (!gated || (z_input.packs && dz_output.packs)),
              weight_packs = B_input.packs && C_input.packs;
   const auto load_rows = [&](int steps, int group) {
-    const bool whole = packs && steps == kCudaTile;
-    u_input.load(whole, steps, group, u);
-    delta_input.load(whole, steps, group, delta);
-    dy_input.load(whole, steps, group, dy);
-    if (gated) z_input.load(whole, steps, group, z);
-  };
-  const auto move_rows = [&] {
-    u_input.move(-kCudaTile);
-    delta_input.move(-kCudaTile);
-    dy_input.move(-kCudaTile);
-    z_input.move(-kCudaTile);
+    with_flag(packs && steps == kCudaTile, [&](auto whole) {
+      u_input.template load<whole.value>(steps, group, u);
+      delta_input.template load<whole.value>(steps, group, delta);
+      dy_input.template load<whole.value>(steps, group, dy);
+    });
   };
   const auto load_weights = [&](int steps, int64_t first) {
-    const bool whole = weight_packs && steps == kCudaTile;
-    B_input.load(whole, steps, first, B);
-    C_input.load(whole, steps, first, C);
+    with_flag(weight_packs && steps == kCudaTile, [&](auto whole) {
+      B_input.template load<whole.value>(steps, first, B);
+      C_input.template load<whole.value>(steps, first, C);
+    });
   };
-  // Whether a tile lies within one sequence, which begins before it.
-  const auto is_inside = [&](int64_t begin) {
-    return begin + kCudaTile <= block.end && cursor.begin < begin;
-  };
-  // A tile is loaded before the sums of the one after it; where a thread has all rows at once.
+  // Where registers allow it, a tile's rows are loaded before the sums of the one after it.
   constexpr bool ahead = kOneGroup && rows_at_once == kRowsPerThread;
-  const auto load_tile = [&](int64_t begin) {
-    const int steps = steps_from(begin, block.end);
-    if (ahead) load_rows(steps, 0);
-    if (kOneGroup) {
-      load_weights(steps, 0);
-      if (is_inside(begin)) thread.h.load_saved(block, saved, 0);
-    }
+  // Whether a tile lies within one sequence, which begins before it.
+  const auto is_inside = [&](int64_t begin, int steps) {
+    return steps == kCudaTile && cursor.begin < begin;
   };
-  if (tiles > 0) load_tile(last);
-  A dD[kChannelPack] = {}, ddelta_bias[kChannelPack] = {};
+  int steps = steps_from(last, block.end);
+  if (ahead && tiles > 0) load_rows(steps, 0);
   for (int64_t begin = last; begin >= block.begin; begin -= kCudaTile) {
-    const int steps = steps_from(begin, block.end);
-    const bool whole = packs && steps == kCudaTile;
-    KeptByThread<A, Channels> kept(memory);
-    A bias[kChannelPack];
+    A bias[kChannelPack], dD[kChannelPack];
     load_quads(&memory.delta_bias[block.column], bias);
+    load_quads(&memory.dD[block.row][block.column], dD);
 #pragma unroll 1
-    for (int group = 0; group < kRowsPerThread; group += rows_at_once) {
+    for (int group = kRowsPerThread - rows_at_once; group >= 0; group -= rows_at_once) {
       if (!ahead) load_rows(steps, group);
+      if (gated) {
+        with_flag(packs && steps == kCudaTile,
+                  [&](auto whole) { z_input.template load<whole.value>(steps, group, z); });
+      }
       with_flag(p.delta_softplus, [&](auto delta_softplus) {
         with_flag(gated, [&](auto gated) {
 #pragma unroll
           for (int k = 0; k < rows_at_once; ++k) {
             const int row = block.row_of(group + k);
             A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack], dy_values[kChannelPack],
-                gate[kChannelPack];
+                gate[kChannelPack], derivative[kChannelPack];
             widen(u[k], u_values);
             widen(delta[k], dt);
             widen(dy[k], dy_values);
@@ -180,30 +179,36 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
             for (int j = 0; j < kChannelPack; ++j) {
               const Prepared<A> at = prepared(dt[j], bias[j], dy_values[j], gate[j],
                                               delta_softplus.value, gated.value);
-              kept.at(group + k, j) = at.kept;
+              derivative[j] = at.derivative;
+              gate[j] = at.dz;
               dt[j] = at.dt;
               dtu[j] = at.dt * u_values[j];
               dy_values[j] = at.dy;
               dD[j] += at.dy * u_values[j];
             }
             store_quads(dy_values, &memory.dy[row + 1][block.column]);
+            if constexpr (delta_softplus.value) {
+              store_quads(derivative, &memory.derivative[row][block.column]);
+            }
+            if constexpr (gated.value) store_quads(gate, &memory.dz[row][block.column]);
             store_pairs(dt, dtu, &memory.dt_and_dtu[row][block.column]);
           }
         });
       });
     }
-    const bool inside = is_inside(begin);
+    store_quads(dD, &memory.dD[block.row][block.column]);
+    const bool inside = is_inside(begin, steps);
     const Cursor at_end = cursor;
     each_group<kOneGroup, A>(p.d_state, [&](int64_t first) {
       if (!kOneGroup) {
         if (first > 0) __syncthreads();  // all are done with the states before
-        load_weights(steps, first);
         load_A_log2e(block, first, thread.A_log2e);
-        thread.a_g.load(block, carry, first);
-        thread.dA.load(block, dA_row, first);
-        if (inside) thread.h.load_saved(block, saved, first);
+        thread.a_g.load(block, carry_row(), first);
+        thread.dA.load(block, dA_row(), first);
         cursor = at_end;
       }
+      load_weights(steps, first);
+      if (inside) thread.h.load_saved(block, saved, first);
       B_input.put(B, &memory.B[0][0]);
       C_input.put(C, &memory.C[0][0]);
       __syncthreads();
@@ -211,10 +216,10 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
         constexpr bool adds = decltype(add)::value;
         if (inside) {
           with_flag(gated, [&](auto gated) {
-            constexpr bool gates = decltype(gated)::value;
-            each_step<kUnrolled<A>>([&](int step) { recompute<gates, adds>(thread, step); });
+            recompute_steps<unrolled ? kCudaTile : 1, decltype(gated)::value, adds>(thread, 0,
+                                                                                    kCudaTile);
           });
-          reverse_steps<kUnrolled<A> == 1 ? 1 : 2, adds>(thread, 0, kCudaTile);
+          reverse_steps<unrolled ? 4 : 1, adds>(thread, 0, kCudaTile);
           return;
         }
         for (int64_t time = begin + steps; time > begin;) {
@@ -226,9 +231,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
           }
           const int low = int(stop - begin), high = int(time - begin);
           with_flag(gated, [&](auto gated) {
-            constexpr bool gates = decltype(gated)::value;
-#pragma unroll 1
-            for (int step = low; step < high; ++step) recompute<gates, adds>(thread, step);
+            recompute_steps<unrolled ? 4 : 1, decltype(gated)::value, adds>(thread, low, high);
           });
           reverse_steps<1, adds>(thread, low, high);
           time = stop;
@@ -244,77 +247,87 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
         }
       });
       if (!kOneGroup) {
-        thread.a_g.store(block, carry, first);
-        thread.dA.store(block, dA_row, first);
+        thread.a_g.store(block, carry_row(), first);
+        thread.dA.store(block, dA_row(), first);
         __syncthreads();
         group_sums.store(memory, steps, first);
       }
     });
     // In flight while sums are added up.
     ChannelPack<T> u_again[rows_at_once] = {};
-    if (ahead) {
-      u_input.load(whole, steps, 0, u_again);
-      move_rows();
-    }
+    auto u_again_input = u_input;
+    u_again_input.place += kCudaTile * p.u.time;
+    const auto load_u_again = [&](int group) {
+      with_flag(packs && steps == kCudaTile, [&](auto whole) {
+        u_again_input.template load<whole.value>(steps, group, u_again);
+      });
+    };
+    if (ahead) load_u_again(0);
     B_input.move(-kCudaTile);
     C_input.move(-kCudaTile);
-    saved -= saved_of_tile;
-    if (begin > block.begin) load_tile(begin - kCudaTile);
+    if (ahead && begin > block.begin) load_rows(kCudaTile, 0);
     if (kOneGroup) {
       __syncthreads();
       group_sums.store(memory, steps, 0);
     }
-    A D[kChannelPack];
+    A D[kChannelPack], ddelta_bias[kChannelPack];
     load_quads(&memory.D[block.column], D);
+    load_quads(&memory.ddelta_bias[block.row][block.column], ddelta_bias);
 #pragma unroll 1
-    for (int group = 0; group < kRowsPerThread; group += rows_at_once) {
+    for (int group = kRowsPerThread - rows_at_once; group >= 0; group -= rows_at_once) {
       ChannelPack<T> du[rows_at_once], ddelta[rows_at_once], dz[rows_at_once];
-      if (!ahead) u_input.load(whole, steps, group, u_again);
-      with_flag(gated, [&](auto gated) {
+      if (!ahead) load_u_again(group);
+      with_flag(p.delta_softplus, [&](auto delta_softplus) {
+        with_flag(gated, [&](auto gated) {
 #pragma unroll
-        for (int k = 0; k < rows_at_once; ++k) {
-          constexpr A ln2 = A(0.69314718055994531);
-          const int row = block.row_of(group + k);
-          A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack], g_B[kChannelPack],
-              g_A[kChannelPack], dy[kChannelPack], y[kChannelPack];
-          widen(u_again[k], u_values);
-          load_pairs(&memory.dt_and_dtu[row][block.column], dt, dtu);
-          load_sums(memory, row, block.column, g_B, g_A);
-          load_quads(&memory.dy[row + 1][block.column], dy);
-          if constexpr (gated.value) {
-            load_quads(&memory.y[0].at[row][block.column], y);
-            add_quads(&memory.y[1].at[row][block.column], y);
-          }
+          for (int k = 0; k < rows_at_once; ++k) {
+            constexpr A ln2 = A(0.69314718055994531);
+            const int row = block.row_of(group + k);
+            A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack], g_B[kChannelPack],
+                g_A[kChannelPack], dy[kChannelPack], y[kChannelPack], dz_values[kChannelPack],
+                derivative[kChannelPack];
+            widen(u_again[k], u_values);
+            load_pairs(&memory.dt_and_dtu[row][block.column], dt, dtu);
+            load_sums(memory, row, block.column, g_B, g_A);
+            load_quads(&memory.dy[row + 1][block.column], dy);
+            if constexpr (delta_softplus.value) {
+              load_quads(&memory.derivative[row][block.column], derivative);
+            }
+            if constexpr (gated.value) {
+              load_quads(&memory.dz[row][block.column], dz_values);
+              load_quads(&memory.y[row][block.column], y);
+            }
 #pragma unroll
-          for (int j = 0; j < kChannelPack; ++j) {
-            const Kept<A>& at = kept.at(group + k, j);
-            const A du_value = g_B[j] * dt[j] + D[j] * dy[j];
-            const A ddelta_value = (g_B[j] * u_values[j] + g_A[j] * ln2) * at.derivative;
-            // Rows past the end hold what an earlier tile left.
-            if (row < steps) ddelta_bias[j] += ddelta_value;
-            if constexpr (gated.value) y[j] = at.dz * (y[j] + D[j] * u_values[j]);
-            dt[j] = du_value;
-            g_A[j] = ddelta_value;
+            for (int j = 0; j < kChannelPack; ++j) {
+              const A du_value = g_B[j] * dt[j] + D[j] * dy[j];
+              A ddelta_value = g_B[j] * u_values[j] + g_A[j] * ln2;
+              if constexpr (delta_softplus.value) ddelta_value *= derivative[j];
+              ddelta_bias[j] += ddelta_value;
+              if constexpr (gated.value) y[j] = dz_values[j] * (y[j] + D[j] * u_values[j]);
+              dt[j] = du_value;
+              g_A[j] = ddelta_value;
+            }
+            du[k] = narrowed<T>(dt);
+            ddelta[k] = narrowed<T>(g_A);
+            if constexpr (gated.value) dz[k] = narrowed<T>(y);
           }
-          du[k] = narrowed<T>(dt);
-          ddelta[k] = narrowed<T>(g_A);
-          if constexpr (gated.value) dz[k] = narrowed<T>(y);
-        }
+        });
       });
-      du_output.store(whole, steps, group, du);
-      ddelta_output.store(whole, steps, group, ddelta);
-      if (gated) dz_output.store(whole, steps, group, dz);
+      with_flag(packs && steps == kCudaTile, [&](auto whole) {
+        du_output.template store<whole.value>(steps, group, du);
+        ddelta_output.template store<whole.value>(steps, group, ddelta);
+        if (gated) dz_output.template store<whole.value>(steps, group, dz);
+      });
     }
-    if (!ahead) move_rows();
-    du_output.move(-kCudaTile);
-    ddelta_output.move(-kCudaTile);
-    dz_output.move(-kCudaTile);
+    store_quads(ddelta_bias, &memory.ddelta_bias[block.row][block.column]);
     group_sums.move(-kCudaTile);
-    __syncthreads();  // all are done with the tile
+    saved -= saved_of_tile;
+    steps = kCudaTile;  // only the last tile may have fewer
+    __syncthreads();    // all are done with the tile
   }
-  if (kOneGroup) thread.dA.store(block, dA_row, 0);
-  store_channel_sums(block, &memory.y[0].at[0], dD, p.dD_partial, row);
-  store_channel_sums(block, &memory.y[1].at[0], ddelta_bias, p.ddelta_bias_partial, row);
+  if (kOneGroup) thread.dA.store(block, dA_row(), 0);
+  store_channel_sums(block, memory.dD, p.dD_partial, memory.row);
+  store_channel_sums(block, memory.ddelta_bias, p.ddelta_bias_partial, memory.row);
 }
 
 template <class F>

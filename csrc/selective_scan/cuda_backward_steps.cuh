@@ -10,56 +10,38 @@
 
 namespace mambablock {
 
-// What the end of a tile needs of its beginning: the derivative of dt by delta, and the gradient of
-// z but for the factor y.
-template <class A>
-struct Kept {
-  A derivative, dz;
-};
-
-// Where it is: in registers for blocks of 64 channels, whose shared memory is full, and in shared
-// memory for others.
-template <class A, int Channels>
-struct KeptMemory {
-  Kept<A> kept[kRowsPerThread][kChannelPack][Channels];
-};
-template <class A>
-struct KeptMemory<A, 64> {};
-
 // A block's shared memory: [step][channel], [step][state], or as said.
 template <class A, int Channels>
-struct BackwardMemory : KeptMemory<A, Channels> {
+struct BackwardMemory {
   static constexpr int held = kStatesHeld<A>, quads = 2 * held / kQuad<A>;
   using Quad = Pack<A, kQuad<A>>;
 
+  int64_t row;  // the block's of partial sums, for which registers have no room
   alignas(16) A delta_bias[Channels], D[Channels];
+  // Of each of the threads that share a channel's steps.
+  A dD[kRowSpacing][Channels], ddelta_bias[kRowSpacing][Channels];
   alignas(16) Pack<A, 2> dt_and_dtu[kCudaTile][Channels];  // dt, dt * u
   A dy[kCudaTile + 1][Channels];                           // [step + 1]: of the y before the gate
+  alignas(16) A derivative[kCudaTile][Channels];           // of dt by delta
+  A dz[kCudaTile][Channels];                               // but for the factor y
   HalfSums<Pack<A, 2>, Channels> sums[2];  // sum_n g B and sum_n A log2(e) a g h_{t-1}
-  HalfSums<A, Channels> y[2];              // C . h
+  A y[kCudaTile][Channels];                // C . h
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
-  // Each thread's own: the state before each step; where the gradient has passed it, what the
-  // thread adds to dB of the step and to dC of the one before, of the states that it holds. Rows
-  // are spread over the banks.
-  Quad h_before[kCudaTile + 1][quads][Channels + 2];
+  // Each thread's own, in the places below; rows are spread over the banks.
+  Quad own[kCudaTile * quads + quads / 2][Channels + 2];
+
+  // The states of a step's first and second channel, before the step.
+  __device__ Quad (&h_before(int step, int quad))
+      [Channels + 2] { return own[step * quads + quad]; }
+  // Where the gradient has passed them: what the thread adds to dC of the step before, and to dB.
+  __device__ Quad (&dC_before(int step, int quad))
+      [Channels + 2] { return own[step * quads + quad]; } __device__ Quad (&dB(int step, int quad))
+          [Channels + 2] { return own[step * quads + quads / 2 + quad]; }
 };
 
 // So that every device can run blocks of 32 channels.
 static_assert(sizeof(BackwardMemory<float, 32>) <= 64 * 1024 &&
               sizeof(BackwardMemory<double, 32>) <= 64 * 1024);
-
-template <class A, int Channels>
-struct KeptByThread {
-  __device__ explicit KeptByThread(BackwardMemory<A, Channels>& memory) : memory(memory) {}
-  __device__ __forceinline__ Kept<A>& at(int k, int j) { return memory.kept[k][j][threadIdx.x]; }
-  BackwardMemory<A, Channels>& memory;
-};
-template <class A>
-struct KeptByThread<A, 64> {
-  __device__ explicit KeptByThread(BackwardMemory<A, 64>&) {}
-  __device__ __forceinline__ Kept<A>& at(int k, int j) { return kept[k][j]; }
-  Kept<A> kept[kRowsPerThread][kChannelPack];
-};
 
 template <class T, int Channels>
 struct BackwardThread {
@@ -79,9 +61,7 @@ __device__ __forceinline__ void recompute(BackwardThread<T, Channels>& thread, i
   auto& memory = thread.memory;
   A at[4];  // dt and dt * u of both channels
   load_quads(memory.dt_and_dtu[step][block.pair].values, at);
-  auto& y = *reinterpret_cast<Pack<A, 2>*>(&memory.y[block.half].at[step][block.pair]);
-  Pack<A, 2> sums{};
-  if constexpr (kGated && kAdd) sums = y;
+  A y[2] = {};
 #pragma unroll
   for (int i = 0; i < held; i += kQuad<A>) {
     const Quad B = quad_at(memory.B[step] + block.half * held + i);
@@ -96,12 +76,25 @@ __device__ __forceinline__ void recompute(BackwardThread<T, Channels>& thread, i
         A& h = thread.h.values[k][i + j];
         before.values[j] = h;
         h = exp2(dt * thread.A_log2e.values[k][i + j]) * h + dtu * B.values[j];
-        if constexpr (kGated) sums.values[k] += h * C.values[j];
+        if constexpr (kGated) y[k] += h * C.values[j];
       }
-      memory.h_before[step][(k * held + i) / kQuad<A>][block.own] = before;
+      memory.h_before(step, (k * held + i) / kQuad<A>)[block.own] = before;
     }
   }
-  if constexpr (kGated) y = sums;
+  if constexpr (kGated) {
+    // Each thread of the pair sums up its own channel's.
+    const A own = block.half ? y[1] : y[0], neighbours = block.half ? y[0] : y[1];
+    const A sum = own + __shfl_xor_sync(0xffffffff, neighbours, 1);
+    memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
+  }
+}
+
+// The states of steps [low, high).
+template <int kUnroll, bool kGated, bool kAdd, class T, int Channels>
+__device__ __forceinline__ void recompute_steps(BackwardThread<T, Channels>& thread, int low,
+                                                int high) {
+#pragma unroll kUnroll
+  for (int step = low; step < high; ++step) recompute<kGated, kAdd>(thread, step);
 }
 
 // The gradients of y, before the gate, of both of the thread's channels.
@@ -126,7 +119,7 @@ __device__ __forceinline__ void store_dC(BackwardThread<T, Channels>& thread, in
       const int n = i * kQuad<A> + j;
       dC.values[j] = dy.values[0] * thread.h.values[0][n] + dy.values[1] * thread.h.values[1][n];
     }
-    thread.memory.h_before[step][half_quads + i][thread.block.own] = dC;
+    thread.memory.dC_before(step, i)[thread.block.own] = dC;
   }
 }
 
@@ -144,22 +137,23 @@ __device__ __forceinline__ void reverse_step(BackwardThread<T, Channels>& thread
   Pack<A, 2>* const total = &memory.sums[block.half].at[step][block.pair];
   A sums[4] = {};  // g B and A log2(e) a g h_{t-1} of both channels
   if constexpr (kAdd) load_quads(total->values, sums);
+  Quad dB[held / kQuad<A>];
 #pragma unroll
   for (int i = 0; i < held; i += kQuad<A>) {
     const Quad B = quad_at(memory.B[step] + block.half * held + i);
     const Quad C = quad_at(memory.C[step] + block.half * held + i);
-    Quad dB{};
+    Quad sum{};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const A dt = at[2 * k], dtu = at[2 * k + 1];
-      const Quad before = memory.h_before[step][(k * held + i) / kQuad<A>][block.own];
+      const Quad before = memory.h_before(step, (k * held + i) / kQuad<A>)[block.own];
 #pragma unroll
       for (int j = 0; j < kQuad<A>; ++j) {
         const A A_log2e = thread.A_log2e.values[k][i + j];
         A &h = thread.h.values[k][i + j], &a_g = thread.a_g.values[k][i + j];
         h = before.values[j];
         const A g = C.values[j] * dy.values[k] + a_g;
-        dB.values[j] += g * dtu;
+        sum.values[j] += g * dtu;
         sums[2 * k] += g * B.values[j];
         a_g = exp2(dt * A_log2e) * g;
         const A a_g_h = a_g * h;
@@ -167,9 +161,11 @@ __device__ __forceinline__ void reverse_step(BackwardThread<T, Channels>& thread
         thread.dA.values[k][i + j] += a_g_h * dt;
       }
     }
-    // In the place of the states just read.
-    memory.h_before[step][i / kQuad<A>][block.own] = dB;
+    dB[i / kQuad<A>] = sum;
   }
+  // In the place of the states just read.
+#pragma unroll
+  for (int i = 0; i < held / kQuad<A>; ++i) memory.dB(step, i)[block.own] = dB[i];
   dy = dy_before(thread, step);
   store_dC(thread, step, dy);
   store_quads(sums, total->values);
@@ -201,9 +197,9 @@ struct GroupSums {
         half(threadIdx.x % 2),
         quad(threadIdx.x / 2 % quads),
         step(threadIdx.x / (2 * quads)),
-        state((half * half_quads + quad % half_quads) * kQuad<A>) {
+        state((half * half_quads + quad % half_quads) * kQuad<A>),
+        time(block.p.dB_partial.time) {  // and dC_partial's
     const Strided3Out& partial = quad < half_quads ? block.p.dB_partial : block.p.dC_partial;
-    time = partial.time;
     target = static_cast<A*>(partial.data) +
              (block.index_in_group * block.p.batch + block.batch) * partial.batch +
              (begin + step) * time + block.group * d_state + state;
@@ -213,16 +209,18 @@ struct GroupSums {
   __device__ __forceinline__ void move(int64_t steps) { target += steps * time; }
 
   // Those of states from `first` on.
-  __device__ __forceinline__ void store(const Memory& memory, int steps, int64_t first) const {
+  __device__ __forceinline__ void store(Memory& memory, int steps, int64_t first) const {
     A* place = target;
     if (first > 0) place += first;
     const int64_t exist = d_state - first - state;
 #pragma unroll
     for (int round = 0; round < kCudaTile / steps_at_once; ++round) {
       const int at = step + round * steps_at_once;
-      const Quad* contribution = &memory.h_before[at + (quad >= half_quads)][quad][half];
+      const Quad* contribution = quad < half_quads
+                                     ? &memory.dB(at, quad)[half]
+                                     : &memory.dC_before(at + 1, quad - half_quads)[half];
       Quad total{};
-#pragma unroll 16
+#pragma unroll
       for (int pair = 0; pair < Channels / 2; ++pair) {
         const Quad added = contribution[2 * pair];
 #pragma unroll

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
   const int64_t first_begin = block.begin + (kBackward ? (tiles - 1) * kCudaTile : 0);
   constexpr int64_t next = kBackward ? -kCudaTile : kCudaTile;
   StatesInput<T, kChannels> weights_input(block, kBackward ? p.C : p.B, first_begin);
-  TileInput<T> main_input(block, kBackward ? p.dy : p.u, first_begin),
+  TileInput<T, kBackward> main_input(block, kBackward ? p.dy : p.u, first_begin),
       delta_input(block, p.delta, first_begin), z_input(block, p.z, first_begin);
   const bool packs = main_input.packs && delta_input.packs && (!gated || z_input.packs);
   A dt_sum[2] = {}, bias[kChannelPack];
@@ -90,13 +90,11 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
     const int steps = steps_from(begin, block.end);
     __syncthreads();  // all are done with the tile before
     ChannelPack<T> input[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {};
-    const bool whole = packs && steps == kCudaTile;
-    main_input.load(whole, steps, 0, input);
-    delta_input.load(whole, steps, 0, delta);
-    if (gated) z_input.load(whole, steps, 0, z);
-    main_input.move(next);
-    delta_input.move(next);
-    z_input.move(next);
+    with_flag(packs && steps == kCudaTile, [&](auto whole) {
+      main_input.template load<whole.value>(steps, 0, input);
+      delta_input.template load<whole.value>(steps, 0, delta);
+      if (gated) z_input.template load<whole.value>(steps, 0, z);
+    });
     with_flag(p.delta_softplus, [&](auto delta_softplus) {
 #pragma unroll
       for (int k = 0; k < kRowsPerThread; ++k) {
@@ -116,7 +114,9 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();
       ChannelPack<T> weights[StatesInput<T, kChannels>::rounds] = {};
-      weights_input.load(weights_input.packs && steps == kCudaTile, steps, first, weights);
+      with_flag(weights_input.packs && steps == kCudaTile, [&](auto whole) {
+        weights_input.template load<whole.value>(steps, first, weights);
+      });
       weights_input.put(weights, &memory.weights[0][0]);
       __syncthreads();
       if (!held_at_once) {
@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
       for (int step = 0; step < steps;) {
         const int64_t time = begin + (kBackward ? steps - step : step);
         const int64_t boundary = sequences.first_from(kBackward ? time : time + 1);
-        const int64_t first_of_s = sequences.begin(boundary - 1), end_of_s = sequences.begin(boundary);
+        const int64_t first_of_s = sequences.begin(boundary - 1),
+                      end_of_s = sequences.begin(boundary);
         if (time == (kBackward ? end_of_s : first_of_s)) load_first(boundary - 1, first);
         const int64_t rest = kBackward ? time - first_of_s : end_of_s - time;
         if (step == 0 && steps == kCudaTile && rest >= kCudaTile) {

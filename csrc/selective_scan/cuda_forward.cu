@@ -75,26 +75,26 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
       z_input(block, p.z, block.begin);
   TileOutput<T> y_output(block, p.y, block.begin);
   A* saved = States<A>::saved_place(block, block.begin);
-  const int64_t saved_of_tile = p.d_state * p.channels;
+  const int64_t saved_of_tile = used_here(p.d_state * p.channels);
   const bool gated = p.z.data != nullptr;
   ChannelPack<T> u[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {},
                  B[StatesInput<T, kChannels>::rounds] = {},
                  C[StatesInput<T, kChannels>::rounds] = {};
-  const bool packs = u_input.packs && delta_input.packs && y_output.packs &&
-                     (!gated || z_input.packs),
+  const bool packs =
+                 u_input.packs && delta_input.packs && y_output.packs && (!gated || z_input.packs),
              weight_packs = B_input.packs && C_input.packs;
   const auto load_weights = [&](int steps, int64_t first) {
-    const bool whole = weight_packs && steps == kCudaTile;
-    B_input.load(whole, steps, first, B);
-    C_input.load(whole, steps, first, C);
+    with_flag(weight_packs && steps == kCudaTile, [&](auto whole) {
+      B_input.template load<whole.value>(steps, first, B);
+      C_input.template load<whole.value>(steps, first, C);
+    });
   };
   // The next tile's.
   const auto load_inputs = [&](int steps) {
-    const bool whole = packs && steps == kCudaTile;
-    u_input.load(whole, steps, 0, u);
-    delta_input.load(whole, steps, 0, delta);
-    u_input.move(kCudaTile);
-    delta_input.move(kCudaTile);
+    with_flag(packs && steps == kCudaTile, [&](auto whole) {
+      u_input.template load<whole.value>(steps, 0, u);
+      delta_input.template load<whole.value>(steps, 0, delta);
+    });
     if (kOneGroup) {
       load_weights(steps, 0);
       B_input.move(kCudaTile);
@@ -113,7 +113,6 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
   if (ahead) load_inputs(next_steps);
   for (int64_t begin = block.begin; begin < block.end; begin += kCudaTile) {
     const int steps = next_steps;
-    const bool whole = packs && steps == kCudaTile;
     next_steps = steps_from(begin + kCudaTile, block.end);
     if (!ahead) load_inputs(steps);
     A from_u[kRowsPerThread][kChannelPack];  // D * u
@@ -138,7 +137,10 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     }
     // In flight while the states advance.
     if (ahead && next_steps > 0) load_inputs(next_steps);
-    if (gated) z_input.load(whole, steps, 0, z);
+    if (gated) {
+      with_flag(packs && steps == kCudaTile,
+                [&](auto whole) { z_input.template load<whole.value>(steps, 0, z); });
+    }
 
     const SequenceCursor at_begin = cursor;
     each_group<kOneGroup, A>(p.d_state, [&](int64_t first) {
@@ -196,9 +198,8 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
         y[k] = narrowed<T>(values);
       }
     });
-    y_output.store(whole, steps, 0, y);
-    z_input.move(kCudaTile);
-    y_output.move(kCudaTile);
+    with_flag(packs && steps == kCudaTile,
+              [&](auto whole) { y_output.template store<whole.value>(steps, 0, y); });
     if (!kOneGroup) {
       B_input.move(kCudaTile);
       C_input.move(kCudaTile);

@@ -23,9 +23,9 @@ inline constexpr int kStatesHeld = sizeof(A) == 8 ? 2 : 8;
 template <class A>
 inline constexpr int kStatesAtOnce = 2 * kStatesHeld<A>;
 
-// Where a block is in the grid, and the thread in the block. In the recurrence a thread has channels
-// [pair, pair + 2), and sums for channel `own`, which is one of them; in moving tiles it has rows
-// row, row + kRowSpacing, ... of channels [column, column + 4).
+// Where a block is in the grid, and the thread in the block. In the recurrence a thread has
+// channels [pair, pair + 2), and sums for channel `own`, which is one of them; in moving tiles it
+// has rows row, row + kRowSpacing, ... of channels [column, column + 4).
 template <class T, int Channels>
 struct Block {
   using A = Accumulator<T>;
@@ -61,7 +61,7 @@ struct Block {
 
   // A (rows, D) or (rows, D, N) tensor's values at the block's first channel.
   __device__ A* channel_row(void* data, int64_t row, int64_t size = 1) const {
-    return static_cast<A*>(data) + (row * p.channels + channel) * size;
+    return static_cast<A*>(data) + (row * p.channels + used_here(channel)) * size;
   }
 
   __device__ A parameter(const void* data, int c) const {
@@ -82,7 +82,8 @@ __device__ __forceinline__ int steps_from(int64_t begin, int64_t end) {
   return end - begin < kCudaTile ? int(end - begin) : kCudaTile;
 }
 
-// Calls function(first) for each group of states that a block holds at once; one is a frequent case.
+// Calls function(first) for each group of states that a block holds at once; one is a frequent
+// case.
 template <bool kOneGroup, class A, class F>
 __device__ __forceinline__ void each_group(int64_t d_state, F function) {
   if constexpr (kOneGroup) {
@@ -104,98 +105,96 @@ __device__ __forceinline__ void each_step(F function) {
   for (int step = 0; step < kCudaTile; ++step) function(step);
 }
 
-// The rows that a thread moves of a (B, L, D) input, a tile at a time, from the tile at `begin` on.
-template <class T>
-struct TileInput {
+// The rows that a thread moves of the tiles of a (B, L, D) tensor, one after the other: forward, or
+// backward with each tile's last one first.
+template <class T, class Pointer, bool kBackward>
+struct TileRows {
   template <int Channels>
-  __device__ TileInput(const Block<T, Channels>& block, const Strided3& input, int64_t begin)
-      : packs(movable_in_packs<T>(input.data, input.batch, input.time, input.channel,
-                                  block.p.channels / block.p.groups)),
+  __device__ TileRows(const Block<T, Channels>& block, Pointer tensor, int64_t batch, int64_t time,
+                      int64_t channel, int64_t begin)
+      : packs(movable_in_packs<T>(tensor, batch, time, channel, block.p.channels / block.p.groups)),
         row(block.row),
         count(block.channels - block.column),
-        time(input.time),
-        channel(input.channel),
-        data(static_cast<const T*>(input.data) + block.batch * input.batch + (begin + row) * time +
-             (block.channel + block.column) * channel) {}
+        time(time),
+        channel(channel),
+        place(tensor + block.batch * batch +
+              (begin + block.row_of(kBackward ? kRowsPerThread - 1 : 0)) * time +
+              (block.channel + block.column) * channel) {}
 
-  // To the tile that begins so many steps later.
-  __device__ __forceinline__ void move(int64_t steps) { data += steps * time; }
-
-  // Rows from the first-th on; `whole` tells that the tile has all steps and comes in packs. Rows of
-  // channels that do not exist must be 0 before.
-  template <int kRows>
-  __device__ __forceinline__ void load(bool whole, int steps, int first,
-                                       ChannelPack<T> (&rows)[kRows]) const {
-    if (whole) {
-      const T* source = data + first * kRowSpacing * time;
+  // Calls function(k, place) for `kRows` rows from the first-th on, in that order.
+  template <int kRows, class F>
+  __device__ __forceinline__ void each(int64_t spacing, F function) {
 #pragma unroll
-      for (int k = 0; k < kRows; ++k, source += kRowSpacing * time) {
-        if (count > 0) rows[k] = ChannelPack<T>::load(source);
-      }
-    } else {
-      const int64_t spacing = used_here(kRowSpacing * time), stride = used_here(channel);
-      const T* source = data + first * spacing;
-#pragma unroll
-      for (int k = 0; k < kRows; ++k, source += spacing) {
-        PackValues<T> pack{};
-#pragma unroll
-        for (int j = 0; j < kChannelPack; ++j) {
-          const bool exists = row + (first + k) * kRowSpacing < steps && j < count;
-          if (exists) pack.values[j] = source[j * stride];
-        }
-        rows[k] = bit_cast<ChannelPack<T>>(pack);
-      }
+    for (int k = 0; k < kRows; ++k) {
+      function(kBackward ? kRows - 1 - k : k, place);
+      place += kBackward ? -spacing : spacing;
     }
+  }
+
+  __device__ __forceinline__ bool exists(int k, int steps) const {
+    return row + k * kRowSpacing < steps;
   }
 
   bool packs;
   int row, count;
   int64_t time, channel;
-  const T* data;
+  Pointer place;
 };
 
-template <class T>
-struct TileOutput {
+template <class T, bool kBackward = false>
+struct TileInput : TileRows<T, const T*, kBackward> {
+  template <int Channels>
+  __device__ TileInput(const Block<T, Channels>& block, const Strided3& input, int64_t begin)
+      : TileRows<T, const T*, kBackward>(block, static_cast<const T*>(input.data), input.batch,
+                                         input.time, input.channel, begin) {}
+
+  // The next rows; the first of them is the tile's first-th. kWhole tells that the tile has all
+  // steps and comes in packs. Rows of channels that do not exist must be 0 before.
+  template <bool kWhole, int kRows>
+  __device__ __forceinline__ void load(int steps, int first, ChannelPack<T> (&rows)[kRows]) {
+    if constexpr (kWhole) {
+      this->template each<kRows>(kRowSpacing * this->time, [&](int k, const T* source) {
+        if (this->count > 0) rows[k] = ChannelPack<T>::load(source);
+      });
+    } else {
+      const int64_t stride = used_here(this->channel);
+      this->template each<kRows>(used_here(kRowSpacing * this->time), [&](int k, const T* source) {
+        PackValues<T> pack{};
+#pragma unroll
+        for (int j = 0; j < kChannelPack; ++j) {
+          if (this->exists(first + k, steps) && j < this->count) {
+            pack.values[j] = source[j * stride];
+          }
+        }
+        rows[k] = bit_cast<ChannelPack<T>>(pack);
+      });
+    }
+  }
+};
+
+template <class T, bool kBackward = false>
+struct TileOutput : TileRows<T, T*, kBackward> {
   template <int Channels>
   __device__ TileOutput(const Block<T, Channels>& block, const Strided3Out& output, int64_t begin)
-      : packs(movable_in_packs<T>(output.data, output.batch, output.time, 1,
-                                  block.p.channels / block.p.groups)),
-        row(block.row),
-        count(block.channels - block.column),
-        time(output.time),
-        data(static_cast<T*>(output.data) + block.batch * output.batch + (begin + row) * time +
-             block.channel + block.column) {}
+      : TileRows<T, T*, kBackward>(block, static_cast<T*>(output.data), output.batch, output.time,
+                                   1, begin) {}
 
-  __device__ __forceinline__ void move(int64_t steps) { data += steps * time; }
-
-  template <int kRows>
-  __device__ __forceinline__ void store(bool whole, int steps, int first,
-                                        const ChannelPack<T> (&rows)[kRows]) const {
-    if (whole) {
-      T* target = data + first * kRowSpacing * time;
-#pragma unroll
-      for (int k = 0; k < kRows; ++k, target += kRowSpacing * time) {
-        if (count > 0) rows[k].store(target);
-      }
+  template <bool kWhole, int kRows>
+  __device__ __forceinline__ void store(int steps, int first, const ChannelPack<T> (&rows)[kRows]) {
+    if constexpr (kWhole) {
+      this->template each<kRows>(kRowSpacing * this->time, [&](int k, T* target) {
+        if (this->count > 0) rows[k].store(target);
+      });
     } else {
-      const int64_t spacing = used_here(kRowSpacing * time);
-      T* target = data + first * spacing;
-#pragma unroll
-      for (int k = 0; k < kRows; ++k, target += spacing) {
+      this->template each<kRows>(used_here(kRowSpacing * this->time), [&](int k, T* target) {
         const auto pack = bit_cast<PackValues<T>>(rows[k]);
 #pragma unroll
         for (int j = 0; j < kChannelPack; ++j) {
-          const bool exists = row + (first + k) * kRowSpacing < steps && j < count;
-          if (exists) target[j] = pack.values[j];
+          if (this->exists(first + k, steps) && j < this->count) target[j] = pack.values[j];
         }
-      }
+      });
     }
   }
-
-  bool packs;
-  int row, count;
-  int64_t time;
-  T* data;
 };
 
 // B or C of the block's group, a tile at a time; a thread moves the same states of some steps.
@@ -220,13 +219,14 @@ struct StatesInput {
   // To the tile that begins so many steps later.
   __device__ __forceinline__ void move(int64_t steps) { data += steps * time; }
 
-  // States [first, first + kStatesAtOnce) of a tile's steps; `whole` as above. Those that do not
+  // States [first, first + kStatesAtOnce) of a tile's steps; kWhole as above. Those that do not
   // exist must be 0 before.
-  __device__ __forceinline__ void load(bool whole, int steps, int64_t first,
+  template <bool kWhole>
+  __device__ __forceinline__ void load(int steps, int64_t first,
                                        ChannelPack<T> (&loaded)[rounds]) const {
     const T* source = data;
     if (first > 0) source += first * stride;
-    if (whole) {
+    if constexpr (kWhole) {
 #pragma unroll
       for (int round = 0; round < rounds; ++round, source += steps_at_once * time) {
         const bool exists = steps_at_once <= kCudaTile || step < kCudaTile;
@@ -334,7 +334,7 @@ struct States {
     });
   }
 
-  // Calls function(two channels' values, place, how many of them exist) for each of the states on
+  // Calls function(both channels' values, place, whether it exists) for each of the states on
   // entering a tile, given the first one's place. They are kept as (B, tiles * N, D).
   template <class T, int Channels, class F>
   __device__ __forceinline__ void each_saved(const Block<T, Channels>& block, A* place,
@@ -345,8 +345,7 @@ struct States {
       const int64_t exist = used_here(p.d_state) - first - block.half * count;
 #pragma unroll
       for (int i = 0; i < count; ++i, place += p.channels) {
-        const bool exists = all.value || i < exist;
-        function(values[0][i], values[1][i], place, exists ? block.channels - block.pair : 0);
+        function(values[0][i], values[1][i], place, all.value || i < exist);
       }
     });
   }
@@ -362,14 +361,18 @@ struct States {
   template <class T, int Channels>
   __device__ __forceinline__ void load_saved(const Block<T, Channels>& block, A* place,
                                              int64_t first) {
-    with_flag(block.even, [&](auto in_pairs) {
-      each_saved(block, place, first, [&](A& low, A& high, const A* at, int exist) {
+    if (block.pair >= block.channels) {
+      load(block, nullptr, first);
+      return;
+    }
+    with_flag(block.even, [&](auto even) {
+      each_saved(block, place, first, [&](A& low, A& high, const A* at, bool exists) {
         Pack<A, 2> pair{};
-        if constexpr (in_pairs.value) {
-          if (exist > 0) pair = *reinterpret_cast<const Pack<A, 2>*>(at);
-        } else {
-          if (exist > 0) pair.values[0] = at[0];
-          if (exist > 1) pair.values[1] = at[1];
+        if constexpr (even.value) {
+          if (exists) pair = *reinterpret_cast<const Pack<A, 2>*>(at);
+        } else if (exists) {
+          pair.values[0] = at[0];
+          if (block.pair + 1 < block.channels) pair.values[1] = at[1];
         }
         low = pair.values[0];
         high = pair.values[1];
@@ -379,13 +382,14 @@ struct States {
 
   template <class T, int Channels>
   __device__ __forceinline__ void save(const Block<T, Channels>& block, A* place, int64_t first) {
-    with_flag(block.even, [&](auto in_pairs) {
-      each_saved(block, place, first, [&](A low, A high, A* at, int exist) {
-        if constexpr (in_pairs.value) {
-          if (exist > 0) *reinterpret_cast<Pack<A, 2>*>(at) = {low, high};
-        } else {
-          if (exist > 0) at[0] = low;
-          if (exist > 1) at[1] = high;
+    if (block.pair >= block.channels) return;
+    with_flag(block.even, [&](auto even) {
+      each_saved(block, place, first, [&](A low, A high, A* at, bool exists) {
+        if constexpr (even.value) {
+          if (exists) *reinterpret_cast<Pack<A, 2>*>(at) = {low, high};
+        } else if (exists) {
+          at[0] = low;
+          if (block.pair + 1 < block.channels) at[1] = high;
         }
       });
     });
