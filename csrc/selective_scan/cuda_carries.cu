@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
   }
   if (held_at_once) state.store(block, carry, 0);
   if (block.own < block.channels) {
-    block.channel_row(p.carry_dt, chunk_row)[block.own] = dt_sum[block.half];
+    block.channel_row(p.carry_dt, chunk_row)[block.own] = block.half ? dt_sum[1] : dt_sum[0];
   }
 }
 
