@@ -115,6 +115,12 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
     for (auto& half : memory.sums) half.at[step][block.own] = {};
   }
   __syncthreads();
+  const auto store_sums = [&] {
+    if (kOneGroup) thread.dA.store(block, dA_row(), 0);
+    store_channel_sums(block, memory.dD, p.dD_partial, memory.row);
+    store_channel_sums(block, memory.ddelta_bias, p.ddelta_bias_partial, memory.row);
+  };
+  if (block.begin == block.end) return store_sums();
 
   const int64_t tiles = (block.end - block.begin + kCudaTile - 1) / kCudaTile;
   const int64_t last = block.begin + (tiles - 1) * kCudaTile;
@@ -152,7 +158,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
     return steps == kCudaTile && cursor.begin < begin;
   };
   int steps = steps_from(last, block.end);
-  if (ahead && tiles > 0) load_rows(steps, 0);
+  if (ahead) load_rows(steps, 0);
   for (int64_t begin = last; begin >= block.begin; begin -= kCudaTile) {
     A bias[kChannelPack], dD[kChannelPack];
     load_quads(&memory.delta_bias[block.column], bias);
@@ -325,9 +331,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
     steps = kCudaTile;  // only the last tile may have fewer
     __syncthreads();    // all are done with the tile
   }
-  if (kOneGroup) thread.dA.store(block, dA_row(), 0);
-  store_channel_sums(block, memory.dD, p.dD_partial, memory.row);
-  store_channel_sums(block, memory.ddelta_bias, p.ddelta_bias_partial, memory.row);
+  store_sums();
 }
 
 template <class F>

@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     if (!kOneGroup) h.store(block, carry, first);
   });
 
+  if (block.begin == block.end) return;
   StatesInput<T, kChannels> B_input(block, p.B, block.begin), C_input(block, p.C, block.begin);
   TileInput<T> u_input(block, p.u, block.begin), delta_input(block, p.delta, block.begin),
       z_input(block, p.z, block.begin);
