@@ -57,6 +57,15 @@ __device__ __forceinline__ void store_quads(const A (&values)[Count], A* target)
   }
 }
 
+// The same value, of which nothing is computed ahead. Compilers compute what passes of a loop have
+// in common before it, also for branches that are rarely taken, and registers run out.
+__device__ __forceinline__ int64_t used_here(int64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;

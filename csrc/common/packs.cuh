@@ -69,30 +69,12 @@ struct PackInput {
       return {};
     }
     PackValues<T> pack{};
+    const int64_t stride = used_here(channel);
 #pragma unroll
     for (int j = 0; j < kChannelPack; ++j) {
-      if (exists && j < count) pack.values[j] = source[j * channel];
+      if (exists && j < count) pack.values[j] = source[j * stride];
     }
     return bit_cast<ChannelPack<T>>(pack);
-  }
-
-  // Rows row, row + spacing, ... of a tile that begins at `begin` and has `steps` steps; `whole`
-  // tells, the same for all threads, that they are all there.
-  template <int kRows>
-  __device__ __forceinline__ void load_rows(int64_t begin, int row, int spacing, int steps,
-                                            bool whole, ChannelPack<T> (&rows)[kRows]) const {
-    if (packs && whole) {
-      const T* source = data + (begin + row) * time;
-#pragma unroll
-      for (int k = 0; k < kRows; ++k, source += spacing * time) {
-        if (count > 0) rows[k] = ChannelPack<T>::load(source);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) {
-        rows[k] = load(begin + row + k * spacing, row + k * spacing < steps);
-      }
-    }
   }
 
   const T* data;
@@ -119,24 +101,6 @@ struct PackOutput {
 #pragma unroll
       for (int j = 0; j < kChannelPack; ++j) {
         if (j < count) target[j] = values.values[j];
-      }
-    }
-  }
-
-  template <int kRows>
-  __device__ __forceinline__ void store_rows(int64_t begin, int row, int spacing, int steps,
-                                             bool whole,
-                                             const ChannelPack<T> (&rows)[kRows]) const {
-    if (packs && whole) {
-      T* target = data + (begin + row) * time;
-#pragma unroll
-      for (int k = 0; k < kRows; ++k, target += spacing * time) {
-        if (count > 0) rows[k].store(target);
-      }
-    } else {
-#pragma unroll
-      for (int k = 0; k < kRows; ++k) {
-        if (row + k * spacing < steps) store(begin + row + k * spacing, rows[k]);
       }
     }
   }

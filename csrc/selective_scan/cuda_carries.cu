@@ -16,7 +16,8 @@ constexpr int kChannels = kCudaForwardChannels;
 
 template <class A>
 struct Memory {
-  Pack<A, 2> dt_and_input[kCudaTile][kChannels];       // dt, and dt * u or the gradient of y
+  // dt, and dt * u or the gradient of y
+  alignas(16) Pack<A, 2> dt_and_input[kCudaTile][kChannels];
   alignas(16) A weights[kCudaTile][kStatesAtOnce<A>];  // B, or C
 };
 
@@ -31,16 +32,17 @@ template <bool kBackward, class T>
 __device__ __forceinline__ void advance(const Block<T, kChannels>& block,
                                         const Memory<Accumulator<T>>& memory, int step,
                                         const States<Accumulator<T>>& A_log2e,
-                                        States<Accumulator<T>>& state, Accumulator<T>& dt_sum) {
+                                        States<Accumulator<T>>& state,
+                                        Accumulator<T> (&dt_sum)[2]) {
   using A = Accumulator<T>;
   constexpr int held = kStatesHeld<A>;
-  A weights[held];
+  A weights[held], at[4];  // dt and input of both channels
   load_quads(memory.weights[step] + block.half * held, weights);
+  load_quads(memory.dt_and_input[step][block.pair].values, at);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    const Pack<A, 2> at = memory.dt_and_input[step][block.channel_of(k)];
-    const A dt = at.values[0], input = at.values[1];
-    if (k == 0) dt_sum += dt;
+    const A dt = at[2 * k], input = at[2 * k + 1];
+    dt_sum[k] += dt;
 #pragma unroll
     for (int n = 0; n < held; ++n) {
       A& value = state.values[k][n];
@@ -63,10 +65,14 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
   const Sequences& sequences = block.sequences;
   States<A> A_log2e, state;
   const bool gated = kBackward && p.z.data != nullptr;
-  const StatesInput<T, kChannels> weights_input(block, kBackward ? p.C : p.B);
-  const PackInput<T> main_input = pack_input(block, kBackward ? p.dy : p.u),
-                     delta_input = pack_input(block, p.delta), z_input = pack_input(block, p.z);
-  A dt_sum = 0, bias[kChannelPack];
+  const int64_t tiles = (block.end - block.begin + kCudaTile - 1) / kCudaTile;
+  const int64_t first_begin = block.begin + (kBackward ? (tiles - 1) * kCudaTile : 0);
+  constexpr int64_t next = kBackward ? -kCudaTile : kCudaTile;
+  StatesInput<T, kChannels> weights_input(block, kBackward ? p.C : p.B, first_begin);
+  TileInput<T, kBackward> main_input(block, kBackward ? p.dy : p.u, first_begin),
+      delta_input(block, p.delta, first_begin), z_input(block, p.z, first_begin);
+  const bool packs = main_input.packs && delta_input.packs && (!gated || z_input.packs);
+  A dt_sum[2] = {}, bias[kChannelPack];
 #pragma unroll
   for (int j = 0; j < kChannelPack; ++j) bias[j] = block.parameter(p.delta_bias, block.column + j);
 
@@ -79,15 +85,16 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
     state.load(block, nullptr, first);
     if (!held_at_once) state.store(block, carry, first);
   }
-  const int64_t tiles = (block.end - block.begin + kCudaTile - 1) / kCudaTile;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t begin = block.begin + (kBackward ? tiles - 1 - tile : tile) * kCudaTile;
+  int64_t begin = first_begin;
+  for (int64_t tile = 0; tile < tiles; ++tile, begin += next) {
     const int steps = steps_from(begin, block.end);
     __syncthreads();  // all are done with the tile before
     ChannelPack<T> input[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {};
-    main_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, input);
-    delta_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, delta);
-    if (gated) z_input.load_rows(begin, block.row, kRowSpacing, steps, steps == kCudaTile, z);
+    with_flag(packs && steps == kCudaTile, [&](auto whole) {
+      main_input.template load<whole.value>(steps, 0, input);
+      delta_input.template load<whole.value>(steps, 0, delta);
+      if (gated) z_input.template load<whole.value>(steps, 0, z);
+    });
     with_flag(p.delta_softplus, [&](auto delta_softplus) {
 #pragma unroll
       for (int k = 0; k < kRowsPerThread; ++k) {
@@ -106,41 +113,47 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
     });
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();
-      weights_input.load(begin, steps, first, &memory.weights[0][0]);
+      ChannelPack<T> weights[StatesInput<T, kChannels>::rounds] = {};
+      with_flag(weights_input.packs && steps == kCudaTile, [&](auto whole) {
+        weights_input.template load<whole.value>(steps, first, weights);
+      });
+      weights_input.put(weights, &memory.weights[0][0]);
       __syncthreads();
       if (!held_at_once) {
         load_A_log2e(block, first, A_log2e);
         state.load(block, carry, first);
       }
-      A sum = 0;
-      if constexpr (kBackward) {
-        for (int64_t time = begin + steps; time > begin;) {
-          const int64_t boundary = sequences.first_from(time);
-          if (sequences.begin(boundary) == time) load_first(boundary - 1, first);
-          const int64_t stop = max(sequences.begin(boundary - 1), begin);
-          const int low = int(stop - begin), high = int(time - begin);
-          each_step<kUnrolled<A>>(low, high, [&](int step) {
-            advance<kBackward>(block, memory, high - 1 - (step - low), A_log2e, state, sum);
-          });
-          time = stop;
+      A sum[2] = {};
+      const auto advance_to = [&](int step) {
+        advance<kBackward>(block, memory, kBackward ? steps - 1 - step : step, A_log2e, state, sum);
+      };
+      for (int step = 0; step < steps;) {
+        const int64_t time = begin + (kBackward ? steps - step : step);
+        const int64_t boundary = sequences.first_from(kBackward ? time : time + 1);
+        const int64_t first_of_s = sequences.begin(boundary - 1),
+                      end_of_s = sequences.begin(boundary);
+        if (time == (kBackward ? end_of_s : first_of_s)) load_first(boundary - 1, first);
+        const int64_t rest = kBackward ? time - first_of_s : end_of_s - time;
+        if (step == 0 && steps == kCudaTile && rest >= kCudaTile) {
+          each_step<kUnrolled<A>>(advance_to);
+          break;
         }
-      } else {
-        for (int64_t time = begin; time < begin + steps;) {
-          const int64_t boundary = sequences.first_from(time + 1);
-          if (sequences.begin(boundary - 1) == time) load_first(boundary - 1, first);
-          const int64_t stop = min(sequences.begin(boundary), begin + steps);
-          each_step<kUnrolled<A>>(int(time - begin), int(stop - begin), [&](int step) {
-            advance<kBackward>(block, memory, step, A_log2e, state, sum);
-          });
-          time = stop;
-        }
+        const int stop = rest < steps - step ? step + int(rest) : steps;
+#pragma unroll 1
+        for (; step < stop; ++step) advance_to(step);
       }
-      if (first == 0) dt_sum += sum;
+      if (first == 0) {
+        dt_sum[0] += sum[0];
+        dt_sum[1] += sum[1];
+      }
       if (!held_at_once) state.store(block, carry, first);
     }
+    weights_input.move(next);
   }
   if (held_at_once) state.store(block, carry, 0);
-  if (block.own < block.channels) block.channel_row(p.carry_dt, chunk_row)[block.own] = dt_sum;
+  if (block.own < block.channels) {
+    block.channel_row(p.carry_dt, chunk_row)[block.own] = block.half ? dt_sum[1] : dt_sum[0];
+  }
 }
 
 constexpr int kChunksAtOnce = 128;
