@@ -288,3 +288,19 @@ def test_meta() -> None:
     y, state = mambablock.causal_conv1d(**tensors, return_final_state=True)
     assert (y.shape, state.shape) == ((2, 9, 5), (2, 3, 5))
     assert y.is_meta
+
+
+def test_outputs_larger_than_the_caches() -> None:
+    """What is written past the caches has the bits of what is written through them."""
+    torch.manual_seed(0)
+    length, d_inner = 4100, 4128  # over 64 MiB of float32; a last vector of channels in each half
+    x = torch.randn(1, length, d_inner, requires_grad=True)
+    weight = torch.randn(d_inner, 4)
+    y = mambablock.causal_conv1d(x, weight, silu=True)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    for half in (slice(d_inner // 2), slice(d_inner // 2, None)):
+        part = x.detach()[..., half].contiguous().requires_grad_()
+        y_part = mambablock.causal_conv1d(part, weight[half], silu=True)
+        (dx_part,) = torch.autograd.grad(y_part.sum(), part)
+        assert torch.equal(y[..., half], y_part)
+        assert torch.equal(dx[..., half], dx_part)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A work item is a chunk of segments of time of a block of channels of one row of the batch. The
-// inputs of each segment and the W-1 steps around them are first brought into rows of the
-// accumulator's type; lanes are channels.
+// inputs of each segment and the W-1 steps around them are read in place, or where they need
+// converting first brought into rows of the accumulator's type; lanes are channels.
 #include "../common/simd.h"
 #include "params.h"
 
@@ -124,7 +124,7 @@ class Item {
       }
     }
     for (const Strided3Out* output : {&p.y, &p.dx}) {
-      if (output->data != nullptr) {
+      if (output->data != nullptr && !streamed) {
         prefetch_row<T, Access::kWrite>(output->data, batch * output->batch + t * output->time + to,
                                         count);
       }
@@ -174,7 +174,18 @@ class Item {
     store_row(static_cast<A*>(state) + state_offset(row), channels, source, lanes);
   }
 
+  // `count` elements of an output.
+  [[gnu::always_inline]] void store_output(T* target, V v, int64_t count) const {
+    if (streamed && count == lanes) {
+      stream_whole(target, v);
+    } else {
+      store_converted(target, 1, v, count);
+    }
+  }
+
   const CausalConv1dParams& p;
+  const bool streamed = kCanStream<T> &&
+                        p.batch * p.length * p.channels > kCacheBytes / int64_t(sizeof(T));
   int64_t chunk;  // counted through the whole batch
   int64_t batch, channel, channels;
   Segment segment{};
@@ -202,8 +213,8 @@ void forward_steps(const Item<T>& item, Rows<Accumulator<T>> x, int64_t step, T*
     }
     const int64_t rest = item.channels - c < item.lanes ? item.channels - c : item.lanes;
     for (int i = 0; i < Steps; ++i) {
-      store_converted(target + (step + i) * item.p.y.time + c, 1,
-                      item.p.silu ? silu(sums[i]) : sums[i], rest);
+      item.store_output(target + (step + i) * item.p.y.time + c,
+                        item.p.silu ? silu(sums[i]) : sums[i], rest);
     }
   }
 }
@@ -313,10 +324,10 @@ void input_gradient(const Item<T>& item, const Accumulator<T>* dpre, int64_t c, 
     store_converted(state, 1, dx, rest);
   }
   for (; step < item.steps && step < kept; ++step) {
-    store_converted(target + step * p.dx.time, 1, gradient(step, V{}), rest);
+    item.store_output(target + step * p.dx.time, gradient(step, V{}), rest);
   }
   for (; step < item.steps; ++step) {
-    store_converted(target + step * p.dx.time, 1, gradient(step, from_final_state(step)), rest);
+    item.store_output(target + step * p.dx.time, gradient(step, from_final_state(step)), rest);
   }
 }
 
@@ -376,6 +387,7 @@ void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t e
       p.width == 4 ? forward_item<4>(item, scratch) : forward_item<0>(item, scratch);
       scratch.take_all_back();
     }
+    finish_streaming();
   });
 }
 
@@ -388,6 +400,7 @@ void causal_conv1d_backward(const CausalConv1dParams& p, int64_t begin, int64_t 
       p.width == 4 ? backward_item<4>(item, scratch) : backward_item<0>(item, scratch);
       scratch.take_all_back();
     }
+    finish_streaming();
   });
 }
 

@@ -112,6 +112,31 @@ template <class T, class V>
   }
 }
 
+// More bytes of output than this are gone from the caches before anyone reads them.
+inline constexpr int64_t kCacheBytes = 64 << 20;
+
+// Whether outputs can be written in whole cache lines past the caches, which saves reading them
+// first.
+template <class T>
+inline constexpr bool kCanStream = kVectorBytes == 64 && std::is_same_v<T, Accumulator<T>>;
+
+// As store_whole, past the caches; finish_streaming comes before another thread reads it.
+template <class T, class V>
+[[gnu::always_inline]] inline void stream_whole(T* target, V v) {
+#if defined(__AVX512F__)
+  if (kCanStream<T> && reinterpret_cast<uintptr_t>(target) % sizeof v == 0) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), __m512i(v));
+  }
+#endif
+  store_whole(target, v);
+}
+
+inline void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // A kernel's own memory: `count` elements, handed out in at most 16 pieces that begin on cache
 // lines.
 template <class A>
