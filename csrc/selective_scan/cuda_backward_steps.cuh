@@ -28,15 +28,14 @@ struct BackwardMemory {
   A y[kCudaTile][Channels];                // C . h
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
   // Each thread's own, in the places below; rows are spread over the banks.
-  Quad own[kCudaTile * quads + quads / 2][Channels + 2];
+  using QuadRow = Quad[Channels + 2];
+  QuadRow own[kCudaTile * quads + quads / 2];
 
   // The states of a step's first and second channel, before the step.
-  __device__ Quad (&h_before(int step, int quad))
-      [Channels + 2] { return own[step * quads + quad]; }
+  __device__ QuadRow& h_before(int step, int quad) { return own[step * quads + quad]; }
   // Where the gradient has passed them: what the thread adds to dC of the step before, and to dB.
-  __device__ Quad (&dC_before(int step, int quad))
-      [Channels + 2] { return own[step * quads + quad]; } __device__ Quad (&dB(int step, int quad))
-          [Channels + 2] { return own[step * quads + quads / 2 + quad]; }
+  __device__ QuadRow& dC_before(int step, int quad) { return own[step * quads + quad]; }
+  __device__ QuadRow& dB(int step, int quad) { return own[step * quads + quads / 2 + quad]; }
 };
 
 // So that every device can run blocks of 32 channels.
