@@ -16,7 +16,8 @@ void run(Kernel kernel, const CausalConv1dParams& p) {
 
 void prepare(CausalConv1dCall& call) {
   CausalConv1dParams& p = call.params;
-  call.segments = row_segments(call.checks, call.cu_seqlens, p.batch, p.length, call.reverse);
+  call.segments =
+      row_segments(call.checks, call.cu_seqlens, p.batch, p.length, kConvTimeTile, call.reverse);
   p.segments = call.segments.data();
   p.segment_count = int64_t(call.segments.size());
   call.partials = p.batch * causal_conv1d_chunks(p);

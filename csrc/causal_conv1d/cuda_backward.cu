@@ -112,7 +112,7 @@ __device__ void segment_of_any_width(const Backward<T, 0>& backward, int64_t s, 
   const auto gradient_at = [&](int64_t time) {
     Values<A> sum = backward.bias;
     for (int64_t tap = 0; tap < width; ++tap) {
-      add_product(sum, channels.load_row(p.weight, tap),
+      add_product(sum, channels.load_tap(p.weight, 0, tap),
                   channels.input_at(backward.x, s, time - (width - 1) + tap));
     }
     return backward.before_silu(time, sum);
@@ -122,26 +122,25 @@ __device__ void segment_of_any_width(const Backward<T, 0>& backward, int64_t s, 
     for (int64_t tap = 0; tap < width; ++tap) {
       const int64_t time = target + width - 1 - tap;
       if (time >= begin && time < end) {
-        add_product(sum, channels.load_row(p.weight, tap), gradient_at(time));
+        add_product(sum, channels.load_tap(p.weight, 0, tap), gradient_at(time));
       }
     }
     backward.store(s, begin, target, sum);
   }
-  for (int64_t tap = 0; tap <= width; ++tap) {
-    const bool is_bias = tap == width;
-    void* sums = is_bias ? p.dbias_partial : p.dweight_partial;
-    const int64_t row = is_bias ? channels.partial : channels.partial * width + tap;
-    Values<A> total = channels.load_row(add ? sums : nullptr, row);
+  for (int64_t tap = 0; tap < width; ++tap) {
+    Values<A> sum = channels.load_tap(add ? p.dweight_partial : nullptr, channels.partial, tap);
     for (int64_t time = first; time < last; ++time) {
-      const Values<A> gradient = gradient_at(time);
-      if (is_bias) {
-        for (int j = 0; j < kChannelPack; ++j) total.at[j] += gradient.at[j];
-      } else {
-        add_product(total, gradient, channels.input_at(backward.x, s, time - (width - 1) + tap));
-      }
+      add_product(sum, gradient_at(time),
+                  channels.input_at(backward.x, s, time - (width - 1) + tap));
     }
-    channels.store_row(sums, row, total);
+    channels.store_tap(p.dweight_partial, channels.partial, tap, sum);
   }
+  Values<A> dbias = channels.load_row(add ? p.dbias_partial : nullptr, channels.partial);
+  for (int64_t time = first; time < last; ++time) {
+    const Values<A> gradient = gradient_at(time);
+    for (int j = 0; j < kChannelPack; ++j) dbias.at[j] += gradient.at[j];
+  }
+  channels.store_row(p.dbias_partial, channels.partial, dbias);
 }
 
 template <class T, int kWidth>
@@ -167,10 +166,10 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
   constexpr int kept = kWidth > 0 ? kWidth : 1;
   Values<A> weight[kept], dweight[kept] = {}, dbias{};
   if constexpr (kWidth > 0) {
-    for (int tap = 0; tap < kWidth; ++tap) weight[tap] = channels.load_row(p.weight, tap);
+    for (int tap = 0; tap < kWidth; ++tap) weight[tap] = channels.load_tap(p.weight, 0, tap);
   } else if (channels.begin == channels.end) {
     for (int64_t tap = 0; tap < p.width; ++tap) {
-      channels.store_row(p.dweight_partial, channels.partial * p.width + tap, {});
+      channels.store_tap(p.dweight_partial, channels.partial, tap, {});
     }
     channels.store_row(p.dbias_partial, channels.partial, {});
   }
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
   }
   if constexpr (kWidth > 0) {
     for (int tap = 0; tap < kWidth; ++tap) {
-      channels.store_row(p.dweight_partial, channels.partial * kWidth + tap, dweight[tap]);
+      channels.store_tap(p.dweight_partial, channels.partial, tap, dweight[tap]);
     }
     channels.store_row(p.dbias_partial, channels.partial, dbias);
   }

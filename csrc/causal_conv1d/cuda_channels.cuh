@@ -47,22 +47,19 @@ struct Channels {
 
   // Row `row` of a contiguous (rows, D) tensor; 0 where it is null.
   __device__ Values<A> load_row(const void* data, int64_t row) const {
-    Values<A> values{};
-    if (data == nullptr) return values;
-    const A* source = static_cast<const A*>(data) + row * p.channels + channel;
-#pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) {
-      if (j < count) values.at[j] = source[j];
-    }
-    return values;
+    return load(data, row * p.channels, 1);
+  }
+  __device__ void store_row(void* data, int64_t row, const Values<A>& values) const {
+    store(data, row * p.channels, 1, values);
   }
 
-  __device__ void store_row(void* data, int64_t row, const Values<A>& values) const {
-    A* target = static_cast<A*>(data) + row * p.channels + channel;
-#pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) {
-      if (j < count) target[j] = values.at[j];
-    }
+  // Column `tap` of one (D, W) matrix of a contiguous (matrices, D, W) tensor; 0 where it is null.
+  __device__ Values<A> load_tap(const void* data, int64_t matrix, int64_t tap) const {
+    return load(data, matrix * p.channels * width() + tap, width());
+  }
+  __device__ void store_tap(void* data, int64_t matrix, int64_t tap,
+                            const Values<A>& values) const {
+    store(data, matrix * p.channels * width() + tap, width(), values);
   }
 
   // Row `row` of sequence s in a (B|S, W-1, D) state.
@@ -89,6 +86,27 @@ struct Channels {
   int64_t partial;  // the chunk, counted through the whole batch
   int count;
   bool exists;
+
+ private:
+  // Of these channels, given where channel 0 is and how far apart two are.
+  __device__ Values<A> load(const void* data, int64_t first, int64_t stride) const {
+    Values<A> values{};
+    if (data == nullptr) return values;
+    const A* source = static_cast<const A*>(data) + first + channel * stride;
+#pragma unroll
+    for (int j = 0; j < kChannelPack; ++j) {
+      if (j < count) values.at[j] = source[j * stride];
+    }
+    return values;
+  }
+
+  __device__ void store(void* data, int64_t first, int64_t stride, const Values<A>& values) const {
+    A* target = static_cast<A*>(data) + first + channel * stride;
+#pragma unroll
+    for (int j = 0; j < kChannelPack; ++j) {
+      if (j < count) target[j * stride] = values.at[j];
+    }
+  }
 };
 
 // sum += weight * x

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
   Values<A> weight[kept];
   Window<A, kept> window{};
   if constexpr (kWidth > 0) {
-    for (int tap = 0; tap < kWidth; ++tap) weight[tap] = channels.load_row(p.weight, tap);
+    for (int tap = 0; tap < kWidth; ++tap) weight[tap] = channels.load_tap(p.weight, 0, tap);
   }
 
   // The inputs before `time`.
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
         for (int tap = 0; tap < kWidth; ++tap) add_product(sum, weight[tap], window.packs[tap]);
       } else {
         for (int64_t tap = 0; tap < width; ++tap) {
-          add_product(sum, channels.load_row(p.weight, tap),
+          add_product(sum, channels.load_tap(p.weight, 0, tap),
                       channels.input_at(x, cursor.sequence, time - (width - 1) + tap));
         }
       }

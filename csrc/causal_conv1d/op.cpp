@@ -37,7 +37,6 @@ CausalConv1dCall checked_call(const char* op, const Tensor& x, const Tensor& wei
                   {"d_conv - 1", width.value - 1},
                   channels});
   }
-  call.transposed_weight = torch::stable::transpose(weight, 0, 1);
   CausalConv1dParams& p = call.params;
   p.dtype = checks.dtype();
   p.batch = batch.value;
@@ -46,7 +45,7 @@ CausalConv1dCall checked_call(const char* op, const Tensor& x, const Tensor& wei
   p.width = width.value;
   p.silu = silu;
   p.x = strided_input(x, reverse);
-  p.weight = call.keep(call.transposed_weight);
+  p.weight = call.keep(weight);
   p.bias = call.keep(bias);
   p.initial_state = call.keep(initial_state);
   p.sequences = cu_seqlens ? call.states : 1;
@@ -85,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   const Tensor dinitial_state = initial_state
                                     ? call.new_accumulators({call.states, p.width - 1, p.channels})
                                     : call.new_accumulators({0});
-  const Tensor dweight_partial = call.new_accumulators({call.partials, p.width, p.channels});
+  const Tensor dweight_partial = call.new_accumulators({call.partials, p.channels, p.width});
   const Tensor dbias_partial = call.new_accumulators({call.partials, p.channels});
   p.dy = strided_input(dy, reverse);
   p.dfinal_state = call.keep(dfinal_state);
@@ -94,8 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(
   p.dweight_partial = dweight_partial.mutable_data_ptr();
   p.dbias_partial = dbias_partial.mutable_data_ptr();
   run_backward(call);
-  const Tensor dweight = torch::stable::contiguous(torch::stable::transpose(
-      sum_partials(dweight_partial, call.partials, call.transposed_weight), 0, 1));
+  const Tensor dweight = sum_partials(dweight_partial, call.partials, weight);
   const Tensor dbias =
       bias ? sum_partials(dbias_partial, call.partials, *bias) : call.new_activations({0});
   return {dx, dweight, dbias, dinitial_state};

@@ -11,7 +11,6 @@ struct CausalConv1dCall : OpCall {
   using OpCall::OpCall;
 
   CausalConv1dParams params{};
-  Tensor transposed_weight;
   int64_t partials = 0;  // of the sums over time and the batch
 };
 

@@ -18,7 +18,7 @@ struct CausalConv1dParams {
   bool silu;
 
   Strided3 x;                 // (B, L, D)
-  const void* weight;         // (W, D) contiguous
+  const void* weight;         // (D, W) contiguous
   const void* bias;           // (D)
   const void* initial_state;  // (B|S, W-1, D) contiguous
 
@@ -42,12 +42,13 @@ struct CausalConv1dParams {
   Strided3Out dx;
   void* dinitial_state;
   // One partial sum per chunk of segments (on CUDA of steps), added up by the op in a fixed order.
-  void* dweight_partial;  // (B * chunks, W, D)
+  void* dweight_partial;  // (B * chunks, D, W)
   void* dbias_partial;    // (B * chunks, D)
 };
 
-// A work item is this many channels of this many consecutive segments.
-inline constexpr int64_t kConvChannelBlock = 256, kConvSegmentChunk = 2;
+// A work item is this many channels of this many consecutive segments, each of at most so many
+// steps.
+inline constexpr int64_t kConvChannelBlock = 64, kConvSegmentChunk = 2, kConvTimeTile = 128;
 
 inline int64_t causal_conv1d_blocks(const CausalConv1dParams& p) {
   return (p.channels + kConvChannelBlock - 1) / kConvChannelBlock;

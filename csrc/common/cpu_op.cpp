@@ -38,9 +38,9 @@ std::vector<int64_t> state_rows(const Checks& checks, const std::optional<Tensor
 }
 
 std::vector<Segment> row_segments(const Checks& checks, const std::optional<Tensor>& cu_seqlens,
-                                  int64_t batch, int64_t length, bool reverse) {
+                                  int64_t batch, int64_t length, int64_t tile, bool reverse) {
   const int64_t sequences = state_count(checks, cu_seqlens, batch);
-  if (!cu_seqlens) return time_segments({0, length});
+  if (!cu_seqlens) return time_segments({0, length}, tile);
   std::vector<int64_t> values = index_values(*cu_seqlens);
   const auto require = [&](bool holds, size_t at) {
     if (!holds) {
@@ -51,10 +51,10 @@ std::vector<Segment> row_segments(const Checks& checks, const std::optional<Tens
   require(values.front() == 0, 0);
   for (size_t i = 1; i < values.size(); ++i) require(values[i] >= values[i - 1], i);
   require(values.back() == length, values.size() - 1);
-  if (!reverse) return time_segments(values);
+  if (!reverse) return time_segments(values, tile);
   std::vector<int64_t> flipped(values.rbegin(), values.rend());
   for (int64_t& value : flipped) value = length - value;
-  std::vector<Segment> segments = time_segments(flipped);
+  std::vector<Segment> segments = time_segments(flipped, tile);
   for (Segment& segment : segments) segment.sequence = sequences - 1 - segment.sequence;
   return segments;
 }

@@ -18,9 +18,9 @@ std::vector<int64_t> index_values(const Tensor& tensor);
 std::vector<int64_t> state_rows(const Checks& checks, const std::optional<Tensor>& state_indices,
                                 int64_t batch, int64_t rows);
 
-// The segments of one row. With `reverse` the row is the flipped one, and `sequence` still counts
-// from the row's true beginning.
+// The segments of one row, cut at multiples of the tile. With `reverse` the row is the flipped one,
+// and `sequence` still counts from the row's true beginning.
 std::vector<Segment> row_segments(const Checks& checks, const std::optional<Tensor>& cu_seqlens,
-                                  int64_t batch, int64_t length, bool reverse);
+                                  int64_t batch, int64_t length, int64_t tile, bool reverse);
 
 }  // namespace mambablock

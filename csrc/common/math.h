@@ -142,7 +142,7 @@ MAMBABLOCK_INLINE V exp2_fraction(V f) {
 // top of the significand: whoever adds the whole of `shifted` there adds i back.
 template <class V>
 MAMBABLOCK_INLINE auto exp2_lookup(V shifted) {
-  using Int = typename VectorTraits<V>::Int;
+  using Int [[maybe_unused]] = typename VectorTraits<V>::Int;
 #if defined(__AVX512F__)
   if constexpr (sizeof(V) == 64) {
     const Int table{0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,

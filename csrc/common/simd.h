@@ -267,8 +267,9 @@ template <class V, int Half = 1>
   }
 }
 
-// As many steps as lanes of as many channels, each channel's steps side by side, transposed.
-template <class T>
+// As many steps as lanes of as many channels, each channel's steps side by side, transposed. Asks
+// for those `Ahead` steps later.
+template <int64_t Ahead, class T>
 [[gnu::always_inline]] inline void load_square(const T* source, int64_t channel_stride,
                                                Accumulator<T>* target, int64_t step_stride) {
   using A = Accumulator<T>;
@@ -277,13 +278,14 @@ template <class T>
   V rows[lanes];
   for (int lane = 0; lane < lanes; ++lane, source += channel_stride) {
     rows[lane] = load_whole<V>(source);
+    if constexpr (Ahead > 0) prefetch_row<T, Access::kRead>(source, Ahead, 1);
   }
   transpose(rows);
   for (int i = 0; i < lanes; ++i) store_vector(target + i * step_stride, rows[i]);
 }
 
 // Steps nearer to each other than channels: whole squares are read along time and transposed.
-template <class T>
+template <int64_t Ahead, class T>
 inline void load_channels(const T* source, const Strided3& input, int64_t steps, int64_t channels,
                           Accumulator<T>* tile, TileStrides strides) {
   using A = Accumulator<T>;
@@ -291,16 +293,20 @@ inline void load_channels(const T* source, const Strided3& input, int64_t steps,
   for (int64_t c = 0; c < channels; c += lanes, source += lanes * input.channel) {
     const int64_t rest = channels - c < lanes ? channels - c : lanes;
     A* column = tile + c / lanes * strides.column;
+    const auto square = [&](int64_t step) __attribute__((always_inline)) {
+      load_square<Ahead>(source + step, input.channel, column + step * strides.step, strides.step);
+    };
+    int64_t step = 0;
     if (rest == lanes && input.time == 1 && steps >= lanes) {
-      for (int64_t next = 0; next < steps; next += lanes) {
-        // The last square may overlap the one before.
-        const int64_t step = next + lanes <= steps ? next : steps - lanes;
-        load_square(source + step, input.channel, column + step * strides.step, strides.step);
-      }
-    } else {
-      for (int64_t step = 0; step < steps; ++step) {
-        load_row(source + step * input.time, input.channel, rest, column + step * strides.step,
-                 strides.column);
+      for (; step + lanes <= steps; step += lanes) square(step);
+      // The last square overlaps the one before, unless single steps take less time.
+      if (steps - step > lanes / 4) square(steps - lanes), step = steps;
+    }
+    // Channel by channel, since each may be in a cache line of its own.
+    for (int64_t lane = 0; lane < lanes && step < steps; ++lane) {
+      for (int64_t i = step; i < steps; ++i) {
+        column[i * strides.step + lane] =
+            lane < rest ? to_accumulator(source[i * input.time + lane * input.channel]) : A(0);
       }
     }
   }
@@ -316,14 +322,14 @@ template <class T>
 }
 
 // Steps [begin, begin + steps) of channels [channel, channel + channels) of one row of the batch.
-template <class T>
+template <class T, int64_t Ahead = 0>
 inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64_t steps,
                       int64_t channel, int64_t channels, Accumulator<T>* tile,
                       TileStrides strides) {
   const T* source = static_cast<const T*>(input.data) + batch * input.batch + begin * input.time +
                     channel * input.channel;
   if (llabs(input.time) < llabs(input.channel)) {
-    return load_channels(source, input, steps, channels, tile, strides);
+    return load_channels<Ahead>(source, input, steps, channels, tile, strides);
   }
   for (int64_t step = 0; step < steps; ++step) {
     load_row(source + step * input.time, input.channel, channels, tile + step * strides.step,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A row of length L holds one sequence, or S packed ones. Kernels walk it in segments: the pieces
-// between the multiples of kTimeTile and the starts of sequences.
+// between the multiples of a tile and the starts of sequences.
 #pragma once
 
 #include <stdint.h>
@@ -23,13 +23,13 @@ struct Segment {
 
 // The segments of a row in order of time; an empty sequence is one empty segment.
 // `boundaries` are the S+1 boundaries of the packed sequences.
-inline std::vector<Segment> time_segments(const std::vector<int64_t>& boundaries) {
+inline std::vector<Segment> time_segments(const std::vector<int64_t>& boundaries, int64_t tile) {
   std::vector<Segment> segments;
   for (int64_t sequence = 0; sequence + 1 < int64_t(boundaries.size()); ++sequence) {
     const int64_t first = boundaries[sequence], last = boundaries[sequence + 1];
     int64_t begin = first;
     do {
-      const int64_t tile_end = (begin / kTimeTile + 1) * kTimeTile;
+      const int64_t tile_end = (begin / tile + 1) * tile;
       const int64_t end = tile_end < last ? tile_end : last;
       segments.push_back({begin, end, sequence, first, last});
       begin = end;

@@ -16,7 +16,8 @@ void run(Kernel kernel, const SelectiveScanParams& p) {
 
 void prepare(SelectiveScanCall& call) {
   SelectiveScanParams& p = call.params;
-  call.segments = row_segments(call.checks, call.cu_seqlens, p.batch, p.length, call.reverse);
+  call.segments =
+      row_segments(call.checks, call.cu_seqlens, p.batch, p.length, kTimeTile, call.reverse);
   p.segments = call.segments.data();
   p.segment_count = int64_t(call.segments.size());
   p.tiles = time_tiles(p.length);

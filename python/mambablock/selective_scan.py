@@ -195,7 +195,9 @@ def _backward(ctx: Any, dy: Tensor, dfinal_state: Tensor, _: Any) -> tuple[Any, 
     options = (ctx.delta_softplus, ctx.reverse)
     if not ctx.save_states:
         saved_states = _ops.selective_scan(*tensors, *options, True)[2]
-    gradients = _Backward.apply(dy, dfinal_state, *tensors, saved_states, *options)  # type: ignore[no-untyped-call]
+    # Where nobody differentiates again, without a Function's overhead.
+    function = _Backward.apply if torch.is_grad_enabled() else _ops.selective_scan_backward
+    gradients = function(dy, dfinal_state, *tensors, saved_states, *options)  # type: ignore[no-untyped-call]
     named = (
         library.none_if_empty(gradient, of)
         for gradient, of in zip(gradients, tensors[:9], strict=True)

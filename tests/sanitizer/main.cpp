@@ -113,15 +113,15 @@ class Arguments {
   }
 
   // One sequence, or some packed into one row, empty ones among them.
-  void draw_sequences(int64_t& batch, int64_t length) {
+  void draw_sequences(int64_t& batch, int64_t length, int64_t tile) {
     if (draw.coin()) {
       sequences = 1;
-      segments = time_segments({0, length});
+      segments = time_segments({0, length}, tile);
       return;
     }
     batch = 1;
     sequences = 4;
-    segments = time_segments({0, 0, length / 3, length - length / 5, length});
+    segments = time_segments({0, 0, length / 3, length - length / 5, length}, tile);
   }
 
   // A kernel's work items in two calls, then the check of what it wrote.
@@ -161,10 +161,10 @@ void run_causal_conv1d(Draw& draw, DType dtype) {
   using A = Accumulator<T>;
   Arguments<T> arguments(draw, dtype);
   int64_t batch = draw.one_of({0, 1, 2});
-  const int64_t length = draw.one_of({0, 1, 2, 5, 64, 65, 130});
+  const int64_t length = draw.one_of({0, 1, 2, 5, 128, 129, 300});
   const int64_t channels = draw.one_of({1, 7, 16, 129, 200}), width = draw.one_of({1, 2, 4, 9});
   arguments.reverse = draw.coin();
-  arguments.draw_sequences(batch, length);
+  arguments.draw_sequences(batch, length, kConvTimeTile);
   const int64_t states = batch * arguments.sequences * (width - 1) * channels;
 
   CausalConv1dParams p{};
@@ -206,7 +206,7 @@ void run_selective_scan(Draw& draw, DType dtype) {
   const int64_t channels = groups * draw.one_of({1, 7, 16, 65, 130});
   const int64_t d_state = draw.one_of({1, 3, 16});
   arguments.reverse = draw.coin();
-  arguments.draw_sequences(batch, length);
+  arguments.draw_sequences(batch, length, kTimeTile);
   const int64_t states = batch * arguments.sequences * channels * d_state;
 
   SelectiveScanParams p{};

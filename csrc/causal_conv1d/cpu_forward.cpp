@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu_item.h"
+
+namespace mambablock {
+namespace MAMBABLOCK_SIMD_LEVEL {
+namespace {
+
+template <class T>
+void forward_segment(const ConvItem<T>& item, Accumulator<T>* tile) {
+  using A = Accumulator<T>;
+  using V = typename ConvItem<T>::V;
+  const CausalConv1dParams& p = item.p;
+  const Segment& segment = item.segment;
+  const int64_t before = p.width - 1;
+  const Rows<A> x = item.inputs(segment.begin - before, segment.end, tile), weight = item.weight;
+  const Ahead<T, Access::kRead> x_ahead = item.ahead(p.x);
+  const OutputRows<T> y = item.output(p.y);
+  const A* bias = item.bias;
+  const int64_t width = p.width;
+  const bool with_silu = p.silu;
+  for_each_vector_of_steps<A>(0, item.steps, item.channels,
+                              [&]<int Steps>(int64_t step, int64_t c, int64_t count)
+                                  __attribute__((always_inline)) {
+                                    V sums[Steps];
+                                    for (V& sum : sums) sum = load_vector<V>(bias + c);
+                                    add_window(sums, x.at(step, c), weight.at(0, c), width);
+                                    x_ahead.template prefetch<Steps>(step, c);
+                                    if (with_silu) {
+                                      for (V& sum : sums) sum = silu(sum);
+                                    }
+                                    y.store(step, c, sums, count);
+                                  });
+  if (!segment.ends()) return;
+  for (int64_t row = 0; row < before; ++row) {
+    store_row(static_cast<A*>(p.final_state) + item.state_offset(row), item.channels,
+              x.row(item.steps + row), item.lanes);
+  }
+}
+
+template <class T>
+void forward_item(ConvItem<T> item, Accumulator<T>* tile) {
+  for (int64_t i = 0; item.next_segment(i); ++i) forward_segment(item, tile);
+}
+
+}  // namespace
+
+void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    using Item = ConvItem<T>;
+    Scratch<Accumulator<T>> scratch(Item::scratch_size(p, 1));
+    for (int64_t index = begin; index < end; ++index) {
+      const Item item(p, index, scratch);
+      auto* tile = scratch.take(Item::tile_rows(p) * Item::stride);
+      forward_item(item, tile);
+      scratch.take_all_back();
+    }
+    finish_streaming();
+  });
+}
+
+}  // namespace MAMBABLOCK_SIMD_LEVEL
+}  // namespace mambablock
