@@ -174,7 +174,7 @@ std::optional<Tensor> contiguous_as(const std::optional<Tensor>& tensor, ScalarT
   if (!tensor) return std::nullopt;
   const Tensor converted =
       tensor->scalar_type() == type ? *tensor : torch::stable::to(*tensor, type);
-  return torch::stable::contiguous(converted);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
 }  // namespace mambablock

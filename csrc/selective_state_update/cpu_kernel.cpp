@@ -34,20 +34,25 @@ void update_channels(const SelectiveStateUpdateParams& p, int64_t b, int64_t c, 
   const V u = input(p.u), biased = input(p.delta) + parameter(p.delta_bias);
   const V dt = p.delta_softplus ? softplus(biased) : biased;
   const V dt_log2e = dt * log2e, dt_u = dt * u;
+  // Of their own, since a store to the state might else change them.
+  const int64_t d_state = p.d_state, state_stride = p.state_stride, state_channel = p.state_channel,
+                B_stride = p.B.state, C_stride = p.C.state, groups = p.groups,
+                per_group = p.channels / groups;
+  const T *B = static_cast<const T*>(p.B.data) + b * p.B.batch,
+          *C = static_cast<const T*>(p.C.data) + b * p.C.batch;
   A sums[lanes * lanes]{};
-  for (int64_t lane = 0; lane < count; ++lane, state += p.state_channel, A_row += p.d_state) {
-    const int64_t group = (c + lane) / (p.channels / p.groups);
-    const T* B = static_cast<const T*>(p.B.data) + b * p.B.batch + group * p.B.group;
-    const T* C = static_cast<const T*>(p.C.data) + b * p.C.batch + group * p.C.group;
+  for (int64_t lane = 0; lane < count; ++lane, state += state_channel, A_row += d_state) {
+    const int64_t group = groups == 1 ? 0 : (c + lane) / per_group;
+    const T *B_row = B + group * p.B.group, *C_row = C + group * p.C.group;
     V sum{};
-    for (int64_t n = 0; n < p.d_state; n += lanes) {
-      const int64_t rest = p.d_state - n < lanes ? p.d_state - n : lanes;
-      S* at = state + n * p.state_stride;
+    for (int64_t n = 0; n < d_state; n += lanes) {
+      const int64_t rest = d_state - n < lanes ? d_state - n : lanes;
+      S* at = state + n * state_stride;
       const V decay = exp2(V(load_converted<A>(A_row + n, 1, rest) * dt_log2e[lane]));
-      const V B_values = load_converted<A>(B + n * p.B.state, p.B.state, rest);
-      const V h = decay * load_converted<A>(at, p.state_stride, rest) + B_values * dt_u[lane];
-      sum += h * load_converted<A>(C + n * p.C.state, p.C.state, rest);
-      store_converted(at, p.state_stride, h, rest);
+      const V B_values = load_converted<A>(B_row + n * B_stride, B_stride, rest);
+      const V h = decay * load_converted<A>(at, state_stride, rest) + B_values * dt_u[lane];
+      sum += h * load_converted<A>(C_row + n * C_stride, C_stride, rest);
+      store_converted(at, state_stride, h, rest);
     }
     store_vector(sums + lane * lanes, sum);
   }

@@ -19,7 +19,8 @@ Result = TypeVar("Result")
 
 def in_scan_dtype(parameter: Tensor) -> Tensor:
     """float32, or float64 if the parameter is that."""
-    return parameter.to(accumulator_dtype(parameter.dtype))
+    dtype = accumulator_dtype(parameter.dtype)
+    return parameter if parameter.dtype == dtype else parameter.to(dtype)
 
 
 def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -61,12 +61,13 @@ def check_devices(op: str, argument: str, tensor: Tensor, **others: Tensor | Non
             )
 
 
-def autocast(tensor: Tensor) -> Tensor:
-    """An activation as autocast wants it: in its type where it is on; float64 stays."""
-    device = tensor.device.type
-    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+def autocast(first: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """Activations as autocast wants them: in its type where it is on, but for float64."""
+    tensors, device = (first, *others), first.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -278,9 +278,8 @@ class MambaBlock(nn.Module):
         self._check_state(state, hidden_states.shape[0])
         conv_state, ssm_state = state
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x = causal_conv1d_update(
-            conv_state, x, self.conv1d.weight.squeeze(1), bias=self.conv1d.bias, silu=True
-        )
+        conv = self.conv1d
+        x = causal_conv1d_update(conv_state, x, conv.weight.squeeze(1), bias=conv.bias, silu=True)
         delta, delta_bias, B, C = self._selection(x)
         y = selective_state_update(
             ssm_state,

@@ -224,7 +224,7 @@ def causal_conv1d(
     Raises:
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    x = library.autocast(x)
+    (x,) = library.autocast(x)
     args = (x, weight, bias, initial_state, cu_seqlens, silu, reverse)
     function = _Forward.apply if library.needs_gradient(*args[:4]) else _ops.causal_conv1d
     y, final_state = function(*args)  # type: ignore[no-untyped-call]

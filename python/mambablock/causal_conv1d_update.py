@@ -54,7 +54,7 @@ def causal_conv1d_update(
     Raises:
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    x = library.autocast(x)
+    (x,) = library.autocast(x)
     y: Tensor = torch.ops.mambablock.causal_conv1d_update(
         state, x, weight, bias, silu, state_indices
     )

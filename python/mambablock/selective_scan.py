@@ -350,8 +350,7 @@ def selective_scan(
     Raises:
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    u, delta, B, C = (library.autocast(t) for t in (u, delta, B, C))
-    z = None if z is None else library.autocast(z)
+    u, delta, B, C, z = library.autocast(u, delta, B, C, z)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
     # An exported program runs forward only, even where it was traced with gradients on.
     train = library.needs_gradient(*tensors[:9]) and not torch.compiler.is_exporting()

@@ -78,8 +78,7 @@ def selective_state_update(
     Raises:
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    u, delta, B, C = (library.autocast(t) for t in (u, delta, B, C))
-    z = None if z is None else library.autocast(z)
+    u, delta, B, C, z = library.autocast(u, delta, B, C, z)
     y: Tensor = torch.ops.mambablock.selective_state_update(
         state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices
     )
