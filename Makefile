@@ -55,7 +55,8 @@ sanitize: $(VENV)/requirements
 # sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
 # these architectures.
 emulation_tests := $(addprefix tests/test_,cuda.py selective_scan.py causal_conv1d.py updates.py \
-    block.py recompute.py compat_mamba_ssm.py compat_causal_conv1d.py)
+    block.py block_sequences.py block_torch.py recompute.py compat_mamba_ssm.py \
+    compat_causal_conv1d.py)
 emulated := $(bin)/python -m pytest -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 

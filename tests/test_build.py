@@ -2,6 +2,7 @@
 """The built libraries: what they say of themselves, depend on, and contain."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import mambablock
-from mambablock import _C
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(mambablock.__file__).parent
@@ -32,7 +32,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def test_build_info() -> None:
-    info = _C.build_info()
+    info = mambablock._C.build_info()
     assert info["version"] == "0.1.0"
     assert re.fullmatch(r"\w+ [\d.]+", info["compiler"])
     assert info["cxx_standard"] >= 20
@@ -69,6 +69,14 @@ def test_faster_levels_share_no_function_with_others(path: Path) -> None:
     level = "avx512" if "avx512" in str(path) else "avx2"
     own = re.compile(rf"10mambablock{len(level)}{level}|^DW\.ref\.")
     assert [name for name in weak if not own.search(name)] == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of the instructions of x86-64")
+def test_kernels_ask_for_memory_ahead() -> None:
+    """g++ drops a function that only prefetches, unless it is inlined, and says nothing."""
+    code = run("objdump", "--disassemble", PACKAGE / "libmambablock.so")
+    for instruction in ("prefetcht1", "prefetchw"):
+        assert len(re.findall(rf"\t{instruction} ", code)) >= 50
 
 
 PRINT_LEVEL = "from mambablock import _C; print(_C.build_info()['simd_level'])"

@@ -8,6 +8,9 @@ from .causal_conv1d_update import causal_conv1d_update
 from .selective_scan import selective_scan
 from .selective_state_update import selective_state_update
 
+# isort: split
+from . import _C as _C  # last, since where nothing is built the others say what to do
+
 __all__ = [
     "MambaBlock",
     "MambaState",
