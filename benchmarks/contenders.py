@@ -30,6 +30,7 @@ OURS, RECOMPUTING, LOOP, TRANSFORMERS, MAMBAPY, LINEARS = (
     "mambapy",
     "four F.linear",
 )
+PYTORCH = "F.conv1d + F.silu"
 MAMBA_SSM, CAUSAL_CONV1D = "mamba-ssm", "causal-conv1d"
 HAS_TRANSFORMERS, HAS_MAMBAPY = (find_spec(name) is not None for name in (TRANSFORMERS, MAMBAPY))
 
@@ -127,6 +128,12 @@ def scan(inputs: dict[str, Tensor]) -> Task:
 def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y: Tensor = causal_conv1d(x, weight, bias=bias, silu=True)
     return y
+
+
+def pytorch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """PyTorch's convolution and SiLU, of (batch, channels, length)."""
+    padded = F.conv1d(x, weight[:, None], bias, padding=D_CONV - 1, groups=x.shape[1])
+    return F.silu(padded[..., : x.shape[2]])
 
 
 def conv_task(inputs: dict[str, Tensor]) -> Task:

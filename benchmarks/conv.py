@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from .contenders import OURS, conv, conv_inputs
+from .contenders import OURS, PYTORCH, conv, conv_inputs, pytorch_conv
 from .measure import Task, fitting_lengths, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
-from .settings import D_CONV, Settings
+from .settings import Settings
 
-PYTORCH, SILU = "F.conv1d + F.silu", "F.silu"
+SILU = "F.silu"
 LONGEST_FOR_PYTORCH = 4096
 
 
@@ -35,7 +34,7 @@ def _next_to_silu(
     x, weight, bias = conv_inputs(length, dtype=dtype).values()
     tasks = {OURS: Task(conv, x, weight, bias), SILU: Task(F.silu, x)}
     if length <= LONGEST_FOR_PYTORCH and dtype == torch.float32:
-        tasks[PYTORCH] = Task(_pytorch_conv, x.transpose(1, 2).contiguous(), weight, bias)
+        tasks[PYTORCH] = Task(pytorch_conv, x.transpose(1, 2).contiguous(), weight, bias)
     functions = {(name, "forward"): task.forward for name, task in tasks.items()}
     functions |= {(name, "backward"): task.backward for name, task in tasks.items()}
     timings = interleave(functions, settings)
@@ -50,9 +49,3 @@ def _next_to_silu(
             results.at_most(
                 "conv", f"{passes}, L = {length}", timings, names, "F.silu forward", bound
             )
-
-
-def _pytorch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """In the layout of F.conv1d: (B, D, L)."""
-    padded = F.conv1d(x, weight[:, None], bias, padding=D_CONV - 1, groups=x.shape[1])
-    return F.silu(padded[..., : x.shape[2]])

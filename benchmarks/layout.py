@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from .contenders import compat_conv, compat_scan, scan_inputs, tiled
+from .contenders import PYTORCH, compat_conv, compat_scan, pytorch_conv, scan_inputs, tiled
 from .measure import Task, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
 from .settings import D_CONV, D_INNER, Settings
@@ -14,7 +14,10 @@ CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels last"
 
 
 def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, Task]]:
-    """The operators by name, and each one's tasks by layout; gradients of outputs lie likewise."""
+    """The operators by name, and each one's tasks by layout; gradients of outputs lie likewise.
+
+    In float32, also PyTorch's convolution, whose layout is the contiguous one.
+    """
     inputs = scan_inputs(length, d_inner=d_inner, dtype=dtype)
     conv_inputs = (tiled(length, d_inner, dtype), torch.randn(d_inner, D_CONV), inputs["D"])
     found: dict[str, dict[str, Task]] = {}
@@ -27,6 +30,8 @@ def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, 
         other = Task(function, *(t.contiguous() for t in last))
         other.output_gradients = tuple(t.contiguous() for t in task.output_gradients)
         found[op] = {CHANNELS_LAST: task, CONTIGUOUS: other}
+    if dtype == torch.float32:
+        found["conv"][PYTORCH] = Task(pytorch_conv, *found["conv"][CONTIGUOUS].leaves)
     return found
 
 
@@ -66,3 +71,6 @@ def _next_to_channels_last(
             names = (op, passes, CONTIGUOUS), (op, passes, CHANNELS_LAST)
             what = f"{name} of (B, D, L) memory, {dtype_name(dtype)}"
             results.at_most("layout", what, timings, names, CHANNELS_LAST, 1.15)
+            if (op, passes, PYTORCH) in functions:
+                names = (op, passes, CONTIGUOUS), (op, passes, PYTORCH)
+                results.times_faster("layout", f"{what}: times faster", timings, names, PYTORCH, 1)

@@ -53,7 +53,7 @@ def both(tensors: dict[str, Tensor | None], **options: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 64, 65, 66, 67, 130])
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 64, 127, 128, 129, 131, 261])
 @pytest.mark.parametrize("width", [1, 2, 4, 5, 70])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_lengths_and_widths(length: int, width: int, reverse: bool) -> None:
@@ -75,7 +75,7 @@ def test_no_batch() -> None:
     both(make_inputs(0, 5))
 
 
-@pytest.mark.parametrize("lengths", [[5], [0, 1, 0, 2, 61, 1, 70, 0], [64, 64], [1] * 9, []])
+@pytest.mark.parametrize("lengths", [[5], [0, 1, 0, 2, 125, 1, 140, 0], [128, 128], [1] * 9, []])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_packed(lengths: list[int], reverse: bool, dtype: torch.dtype) -> None:
@@ -100,13 +100,13 @@ def test_reverse_is_flipped() -> None:
     assert torch.equal(state, expected_state)
 
 
-@pytest.mark.parametrize("cuts", [[1], [64], [1, 2, 3, 100]])
+@pytest.mark.parametrize("cuts", [[1], [128], [1, 2, 3, 100]])
 def test_streaming_is_the_full_forward(cuts: list[int]) -> None:
-    tensors = make_inputs(length=130)
+    tensors = make_inputs(length=140)
 
     def pieces(x: Tensor, initial_state: Tensor, **t: Tensor) -> tuple[Tensor, Tensor]:
         state, ys = initial_state, []
-        for begin, end in zip([0, *cuts], [*cuts, 130], strict=True):
+        for begin, end in zip([0, *cuts], [*cuts, 140], strict=True):
             y, state = mambablock.causal_conv1d(
                 x[:, begin:end], initial_state=state, **t, **OPTIONS
             )
@@ -117,6 +117,18 @@ def test_streaming_is_the_full_forward(cuts: list[int]) -> None:
         gradients(pieces, tensors),
         gradients(lambda **t: mambablock.causal_conv1d(**t, **OPTIONS), tensors),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_memory_of_channels_by_length(dtype: torch.dtype) -> None:
+    """Several tiles, some of them partial, in each direction: the same bits as channels last."""
+    tensors = make_inputs(2, 300, 139, dtype=dtype)
+    results = [
+        gradients(lambda **t: mambablock.causal_conv1d(**t, **OPTIONS), tensors | {"x": x})
+        for x in (tensors["x"], tensors["x"].transpose(1, 2).contiguous().transpose(1, 2))
+    ]
+    for name, expected in results[0].items():
+        assert torch.equal(results[1][name], expected), name
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)

@@ -18,18 +18,17 @@ void forward_segment(const ConvItem<T>& item, Accumulator<T>* tile) {
   const A* bias = item.bias;
   const int64_t width = p.width;
   const bool with_silu = p.silu;
-  for_each_vector_of_steps<A>(0, item.steps, item.channels,
-                              [&]<int Steps>(int64_t step, int64_t c, int64_t count)
-                                  __attribute__((always_inline)) {
-                                    V sums[Steps];
-                                    for (V& sum : sums) sum = load_vector<V>(bias + c);
-                                    add_window(sums, x.at(step, c), weight.at(0, c), width);
-                                    x_ahead.template prefetch<Steps>(step, c);
-                                    if (with_silu) {
-                                      for (V& sum : sums) sum = silu(sum);
-                                    }
-                                    y.store(step, c, sums, count);
-                                  });
+  const auto work = [&]<int Steps>(auto step, auto c, auto count) __attribute__((always_inline)) {
+    V sums[Steps];
+    for (V& sum : sums) sum = load_vector<V>(bias + c);
+    add_window(sums, x.at(step, c), weight.at(0, c), width);
+    x_ahead.template prefetch<Steps>(step, c);
+    if (with_silu) {
+      for (V& sum : sums) sum = silu(sum);
+    }
+    y.store(step, c, sums, count);
+  };
+  for_each_vector_of_steps<A>(0, item.steps, item.channels, work);
   if (!segment.ends()) return;
   for (int64_t row = 0; row < before; ++row) {
     store_row(static_cast<A*>(p.final_state) + item.state_offset(row), item.channels,

@@ -10,8 +10,6 @@
 
 namespace mambablock {
 
-inline constexpr int64_t kTimeTile = 32;
-
 struct Segment {
   int64_t begin, end;      // time steps of the row
   int64_t sequence;        // which of the row's sequences
@@ -37,8 +35,5 @@ inline std::vector<Segment> time_segments(const std::vector<int64_t>& boundaries
   }
   return segments;
 }
-
-// How many tiles a row of `length` steps has, each with one saved state.
-inline int64_t time_tiles(int64_t length) { return (length + kTimeTile - 1) / kTimeTile; }
 
 }  // namespace mambablock

@@ -17,10 +17,10 @@ void run(Kernel kernel, const SelectiveScanParams& p) {
 void prepare(SelectiveScanCall& call) {
   SelectiveScanParams& p = call.params;
   call.segments =
-      row_segments(call.checks, call.cu_seqlens, p.batch, p.length, kTimeTile, call.reverse);
+      row_segments(call.checks, call.cu_seqlens, p.batch, p.length, kScanTimeTile, call.reverse);
   p.segments = call.segments.data();
   p.segment_count = int64_t(call.segments.size());
-  p.tiles = time_tiles(p.length);
+  p.tiles = scan_time_tiles(p.length);
   call.group_partials = selective_scan_blocks_in_group(p);
   call.channel_partials = p.batch;
 }

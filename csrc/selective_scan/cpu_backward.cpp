@@ -21,7 +21,7 @@ struct Run : Tiles<T, BackwardTiles> {
   using A = Accumulator<T>;
   using Base = Tiles<T, BackwardTiles>;
   using Base::channels, Base::lanes;
-  static constexpr int64_t work_size = kTimeTile * kStatesAtOnce * kWork * lanes;
+  static constexpr int64_t work_size = kScanTimeTile * kStatesAtOnce * kWork * lanes;
 
   static int64_t scratch_size(const SelectiveScanParams& p) {
     return Base::scratch_size(p) + Base::max_channels(p) * (2 + 2 * p.d_state) + work_size;
@@ -243,7 +243,7 @@ void finish_gradient(Run<T>& run, const Segment& segment, int64_t first) {
 template <class T>
 void backward_segment(Run<T>& run, const Segment& segment, const Segment* next) {
   const SelectiveScanParams& p = run.p;
-  if (segment.begin % kTimeTile == 0) {
+  if (segment.begin % kScanTimeTile == 0) {
     const auto* saved = run.saved_state(segment);
     for (int64_t n = 0; n < p.d_state; ++n) {
       auto* h = run.h + n * run.channels;

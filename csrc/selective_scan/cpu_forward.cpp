@@ -72,7 +72,7 @@ void forward_run(Run<T> tiles) {
     const Segment& segment = p.segments[s];
     if (segment.starts()) tiles.load_by_state(p.initial_state, tiles.state_row(segment), tiles.h);
     if (segment.begin < segment.end) {
-      if (p.saved_states != nullptr && segment.begin % kTimeTile == 0) {
+      if (p.saved_states != nullptr && segment.begin % kScanTimeTile == 0) {
         auto* saved = tiles.saved_state(segment);
         for (int64_t n = 0; n < p.d_state; ++n) {
           memcpy(saved + n * p.channels, tiles.h + n * tiles.channels,

@@ -58,7 +58,7 @@ struct Tiles {
   static constexpr int lanes = kLanes<A>;
   // One row more than there are steps: the processor confuses addresses that are the same within
   // 4096 bytes, as those of one step in two tiles would else be.
-  static constexpr int64_t rows = kTimeTile + 1;
+  static constexpr int64_t rows = kScanTimeTile + 1;
   static constexpr int64_t strip_columns = Which::kStripChannels / lanes;
   static constexpr TileStrides strides{Which::kCount * rows * lanes, lanes};
 
@@ -71,7 +71,7 @@ struct Tiles {
 
   static int64_t scratch_size(const SelectiveScanParams& p) {
     return strip_columns * strides.column + max_channels(p) * (4 + 2 * p.d_state) +
-           2 * p.d_state * kTimeTile;
+           2 * p.d_state * kScanTimeTile;
   }
 
   Tiles(const SelectiveScanParams& p, const ChannelRun& run, Scratch<A>& scratch)
@@ -83,8 +83,8 @@ struct Tiles {
     h = scratch.take(p.d_state * channels);
     steepest = scratch.take(channels);
     largest_exponent = scratch.take(channels);
-    B = scratch.take(p.d_state * kTimeTile);
-    C = scratch.take(p.d_state * kTimeTile);
+    B = scratch.take(p.d_state * kScanTimeTile);
+    C = scratch.take(p.d_state * kScanTimeTile);
     load_channel_parameter(p.D, D);
     load_channel_parameter(p.delta_bias, delta_bias);
     // A carries log2(e), so that the decay is one exp2.
@@ -147,7 +147,7 @@ struct Tiles {
 
   // The saved state on entering the segment's tile, where the segment begins it.
   A* saved_state(const Segment& segment) const {
-    const int64_t row = run.batch * p.tiles + segment.begin / kTimeTile;
+    const int64_t row = run.batch * p.tiles + segment.begin / kScanTimeTile;
     return static_cast<A*>(p.saved_states) + row * p.d_state * p.channels + run.channel;
   }
 

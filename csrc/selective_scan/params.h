@@ -64,6 +64,13 @@ struct SelectiveScanParams {
 // therefore the same however blocks are shared out among threads.
 inline constexpr int64_t kScanChannelBlock = 128;
 
+// Steps in a segment of time, at most; every multiple of them has one saved state on the CPU.
+inline constexpr int64_t kScanTimeTile = 32;
+
+inline int64_t scan_time_tiles(int64_t length) {
+  return (length + kScanTimeTile - 1) / kScanTimeTile;
+}
+
 inline int64_t selective_scan_blocks_in_group(const SelectiveScanParams& p) {
   return (p.channels / p.groups + kScanChannelBlock - 1) / kScanChannelBlock;
 }

@@ -27,8 +27,8 @@ if not hasattr(torch.ops.mambablock, "selective_scan"):
         "`pip install --no-build-isolation .` and import from outside of the source tree"
     )
 
-# How many steps of time one saved state stands for: kTimeTile in csrc/common/time_segments.h and
-# kCudaTile in csrc/selective_scan/cuda.h.
+# How many steps of time one saved state stands for: kScanTimeTile in csrc/selective_scan/params.h
+# and kCudaTile in cuda.h.
 TIME_TILE = {"cpu": 32, "cuda": 16}
 
 

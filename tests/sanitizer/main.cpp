@@ -206,7 +206,7 @@ void run_selective_scan(Draw& draw, DType dtype) {
   const int64_t channels = groups * draw.one_of({1, 7, 16, 65, 130});
   const int64_t d_state = draw.one_of({1, 3, 16});
   arguments.reverse = draw.coin();
-  arguments.draw_sequences(batch, length, kTimeTile);
+  arguments.draw_sequences(batch, length, kScanTimeTile);
   const int64_t states = batch * arguments.sequences * channels * d_state;
 
   SelectiveScanParams p{};
@@ -230,7 +230,7 @@ void run_selective_scan(Draw& draw, DType dtype) {
   p.segments = arguments.segments.data();
   p.segment_count = int64_t(arguments.segments.size());
   p.sequences = arguments.sequences;
-  p.tiles = time_tiles(length);
+  p.tiles = scan_time_tiles(length);
   A* saved_states =
       arguments.template output<A>("saved_states", batch * p.tiles * d_state * channels);
   p.y = arguments.template rows_output<T>("y", batch, length, channels);
