@@ -120,7 +120,7 @@ void backward_item(ConvItem<T> item, const BackwardTiles<Accumulator<T>>& tiles)
   using A = Accumulator<T>;
   constexpr int64_t stride = ConvItem<T>::stride;
   const CausalConv1dParams& p = item.p;
-  for (int64_t i = 0; i < (p.width + 1) * stride; ++i) tiles.sums[i] = 0;
+  for (int64_t i = 0; i < item.parameters_size(p); ++i) tiles.sums[i] = 0;
   for (int64_t i = 0; item.next_segment(i); ++i) {
     // A width known beforehand saves the loops over taps.
     if (p.width == 4) {
@@ -143,20 +143,11 @@ void backward_item(ConvItem<T> item, const BackwardTiles<Accumulator<T>>& tiles)
 }  // namespace
 
 void causal_conv1d_backward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    using Item = ConvItem<T>;
-    Scratch<Accumulator<T>> scratch(Item::scratch_size(p, 3));
-    for (int64_t index = begin; index < end; ++index) {
-      const Item item(p, index, scratch);
-      const int64_t tile = Item::tile_rows(p) * Item::stride;
-      const BackwardTiles<Accumulator<T>> tiles{scratch.take(tile), scratch.take(tile),
-                                                scratch.take(tile),
-                                                scratch.take((p.width + 1) * Item::stride)};
-      backward_item(item, tiles);
-      scratch.take_all_back();
-    }
-    finish_streaming();
+  for_each_conv_item(p, begin, end, 3, [](auto item, auto& scratch) {
+    const int64_t tile = item.tile_size(item.p), sums = item.parameters_size(item.p);
+    const BackwardTiles<typename decltype(item)::A> tiles{scratch.take(tile), scratch.take(tile),
+                                                          scratch.take(tile), scratch.take(sums)};
+    backward_item(item, tiles);
   });
 }
 

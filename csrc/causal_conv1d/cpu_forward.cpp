@@ -36,25 +36,12 @@ void forward_segment(const ConvItem<T>& item, Accumulator<T>* tile) {
   }
 }
 
-template <class T>
-void forward_item(ConvItem<T> item, Accumulator<T>* tile) {
-  for (int64_t i = 0; item.next_segment(i); ++i) forward_segment(item, tile);
-}
-
 }  // namespace
 
 void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
-  dispatch_dtype(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    using Item = ConvItem<T>;
-    Scratch<Accumulator<T>> scratch(Item::scratch_size(p, 1));
-    for (int64_t index = begin; index < end; ++index) {
-      const Item item(p, index, scratch);
-      auto* tile = scratch.take(Item::tile_rows(p) * Item::stride);
-      forward_item(item, tile);
-      scratch.take_all_back();
-    }
-    finish_streaming();
+  for_each_conv_item(p, begin, end, 1, [](auto item, auto& scratch) {
+    auto* tile = scratch.take(item.tile_size(item.p));
+    for (int64_t i = 0; item.next_segment(i); ++i) forward_segment(item, tile);
   });
 }
 

@@ -81,12 +81,14 @@ class ConvItem {
   static constexpr int64_t stride = kConvChannelBlock + 16;
   static constexpr TileStrides strides{lanes, stride};
 
-  // Room for `tiles` tiles of a segment and the steps around it, for the parameters and their sums.
-  static int64_t scratch_size(const CausalConv1dParams& p, int64_t tiles) {
-    return stride * (tiles * tile_rows(p) + 2 * (p.width + 1));
+  // A segment and the W-1 steps before and after it.
+  static int64_t tile_size(const CausalConv1dParams& p) {
+    return stride * (kConvTimeTile + 2 * (p.width - 1));
   }
-  static int64_t tile_rows(const CausalConv1dParams& p) {
-    return kConvTimeTile + 2 * (p.width - 1);
+  // weight and bias, or their sums.
+  static int64_t parameters_size(const CausalConv1dParams& p) { return stride * (p.width + 1); }
+  static int64_t scratch_size(const CausalConv1dParams& p, int64_t tiles) {
+    return tiles * tile_size(p) + 2 * parameters_size(p);
   }
 
   ConvItem(const CausalConv1dParams& p, int64_t index, Scratch<A>& scratch)
@@ -211,6 +213,22 @@ class ConvItem {
     return {row + later * time + (goes_by_time(p) ? channel : 0), time};
   }
 };
+
+// Calls work(item, scratch) for the work items [begin, end), whose scratch has room for `tiles`
+// tiles.
+template <class Work>
+void for_each_conv_item(const CausalConv1dParams& p, int64_t begin, int64_t end, int64_t tiles,
+                        Work work) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    using Item = ConvItem<decltype(type)>;
+    Scratch<typename Item::A> scratch(Item::scratch_size(p, tiles));
+    for (int64_t index = begin; index < end; ++index) {
+      work(Item(p, index, scratch), scratch);
+      scratch.take_all_back();
+    }
+    finish_streaming();
+  });
+}
 
 // Sums i += sum_w weight_w row_{i+w}, of one vector of channels.
 template <int Steps, class V, class Width>
