@@ -323,7 +323,7 @@ def transformers_decoder(block: MambaBlock) -> Mixer:
     cache = DynamicCache(config=mixer.config)
 
     def step(x: Tensor) -> Any:
-        return mixer(x[:, None], cache_params=cache)[:, 0]
+        return mixer(x[:, None], cache)[:, 0]
 
     return step
 

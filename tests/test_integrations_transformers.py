@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 import runpy
 import sys
@@ -129,7 +130,9 @@ def test_greedy_generation(model: Any, padded: bool, length: int) -> None:
 
 
 def cache_name(model: Any) -> str:
-    return "past_key_values" if model.config.model_type == "jamba" else "cache_params"
+    """cache, or one of the names that it has before transformers 5.24."""
+    parameters = inspect.signature(model.forward).parameters
+    return next(n for n in ("cache", "cache_params", "past_key_values") if n in parameters)
 
 
 @torch.no_grad()
@@ -165,12 +168,12 @@ def test_pieces_continue_the_cache(model: Any, pieces: list[int]) -> None:
 
 def test_gradients_pass_through_the_cache() -> None:
     model = patch(make_model("mamba"))
-    ids = tokens()
+    ids, name = tokens(), cache_name(model)
     expected = torch.autograd.grad(model(ids).logits[:, 6:].sum(), list(model.parameters()))
     first = model(ids[:, :6], use_cache=True)
     # One token, whose states have gradients too.
-    second = model(ids[:, 6:7], cache_params=first.cache_params, use_cache=True)
-    third = model(ids[:, 7:], cache_params=second.cache_params, use_cache=True)
+    second = model(ids[:, 6:7], **{name: first[name]}, use_cache=True)
+    third = model(ids[:, 7:], **{name: second[name]}, use_cache=True)
     loss = second.logits.sum() + third.logits.sum()
     assert_close(torch.autograd.grad(loss, list(model.parameters())), expected)
 

@@ -20,7 +20,7 @@ from ..selective_scan import selective_scan
 from ..selective_state_update import selective_state_update
 
 _wanted = (
-    "transformers must be 5.16 or newer, with mixers and caches as in 5.23; "
+    "transformers must be 5.16 or newer, with mixers and caches as in 5.24; "
     f"got {transformers.__version__}"
 )
 try:
@@ -42,12 +42,15 @@ class _OperatorForward:
     def forward(
         self: Any,
         hidden_states: Tensor,
-        cache_params: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
+        cache_params: Any = None,
         **_: Any,
     ) -> Tensor:
+        # cache_params is what transformers before 5.24 calls the cache.
+        cache = cache_params if cache is None else cache
         width = self.conv_kernel_size
-        conv_state, ssm_state = _cached_states(cache_params, self.layer_idx)
+        conv_state, ssm_state = _cached_states(cache, self.layer_idx)
         silu = self.activation in ("silu", "swish")
         # accelerate brings offloaded weights when a layer is called, and this one is not.
         conv_hook = getattr(self.conv1d, "_hf_hook", None)
@@ -71,11 +74,11 @@ class _OperatorForward:
             conv_hook.post_forward(self.conv1d, x)
         x = _masked(x if silu else self.act(x), attention_mask)
 
-        if cache_params is not None:
+        if cache is not None:
             new_inputs = inputs.transpose(1, 2)
             if conv_state is None:
                 new_inputs = F.pad(new_inputs, (max(width - inputs.shape[1], 0), 0))[..., -width:]
-            cache_params.update_conv_state(new_inputs, self.layer_idx)
+            cache.update_conv_state(new_inputs, self.layer_idx)
 
         state_size = self.ssm_state_size
         dt, B, C = self.x_proj(x).split([self.time_step_rank, state_size, state_size], dim=-1)
@@ -98,8 +101,8 @@ class _OperatorForward:
             y, last_state = selective_scan(
                 x, delta, A, B, C, z=z, initial_state=ssm_state, return_final_state=True, **options
             )
-            if cache_params is not None:
-                cache_params.update_recurrent_state(last_state, self.layer_idx)
+            if cache is not None:
+                cache.update_recurrent_state(last_state, self.layer_idx)
         projected: Tensor = self.out_proj(y)
         return projected
 
@@ -122,7 +125,9 @@ _patched_classes: dict[type[nn.Module], type[nn.Module]] = {
     JambaMambaMixer: PatchedJambaMambaMixer,
 }
 _original_classes = {new: old for old, new in _patched_classes.items()}
-_forward_arguments = ["self", "hidden_states", "cache_params", "attention_mask"]
+_forward_arguments = [
+    ["self", "hidden_states", cache, "attention_mask"] for cache in ("cache", "cache_params")
+]
 
 
 def patch(model: Model) -> Model:
@@ -198,7 +203,7 @@ def _require_known_transformers() -> None:
         mixer.__name__
         for mixer in _patched_classes
         if not hasattr(sys.modules[mixer.__module__], "mamba_selective_scan")
-        or list(inspect.signature(mixer.forward).parameters)[:4] != _forward_arguments
+        or list(inspect.signature(mixer.forward).parameters)[:4] not in _forward_arguments
     ]
     methods = ("has_previous_state", "update_conv_state", "update_recurrent_state")
     unknown += [f"Cache.{name}" for name in methods if not hasattr(Cache, name)]
