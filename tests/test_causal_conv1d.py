@@ -119,18 +119,6 @@ def test_streaming_is_the_full_forward(cuts: list[int]) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_memory_of_channels_by_length(dtype: torch.dtype) -> None:
-    """Several tiles, some of them partial, in each direction: the same bits as channels last."""
-    tensors = make_inputs(2, 300, 139, dtype=dtype)
-    results = [
-        gradients(lambda **t: mambablock.causal_conv1d(**t, **OPTIONS), tensors | {"x": x})
-        for x in (tensors["x"], tensors["x"].transpose(1, 2).contiguous().transpose(1, 2))
-    ]
-    for name, expected in results[0].items():
-        assert torch.equal(results[1][name], expected), name
-
-
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("parameters", ["float32", "as activations"])
 def test_low_precision(dtype: torch.dtype, parameters: str) -> None:
