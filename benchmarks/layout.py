@@ -1,16 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mamba-ssm's scan and causal-conv1d's convolution, (batch, dim, length), by memory layout."""
+"""mamba-ssm's scan and causal-conv1d's convolution, (batch, dim, length), by memory layout.
+
+The convolution also with the linear layer that Mamba has after it, which reads channels side by
+side: whoever gives it other memory pays there.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .contenders import PYTORCH, compat_conv, compat_scan, pytorch_conv, scan_inputs, tiled
 from .measure import Task, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
-from .settings import D_CONV, D_INNER, Settings
+from .settings import D_CONV, D_INNER, D_MODEL, D_STATE, Settings
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels last"
+
+
+def before_x_proj(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def function(x: Tensor, weight: Tensor, bias: Tensor, x_proj: Tensor) -> Tensor:
+        return F.linear(conv(x, weight, bias).transpose(1, 2), x_proj)
+
+    return function
 
 
 def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, Task]]:
@@ -20,18 +35,25 @@ def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, 
     """
     inputs = scan_inputs(length, d_inner=d_inner, dtype=dtype)
     conv_inputs = (tiled(length, d_inner, dtype), torch.randn(d_inner, D_CONV), inputs["D"])
+    x_proj = torch.randn(D_MODEL // 16 + 2 * D_STATE, d_inner).to(dtype)
     found: dict[str, dict[str, Task]] = {}
-    for op, function, tensors in (
-        ("scan", compat_scan, tuple(inputs.values())),
-        ("conv", compat_conv, conv_inputs),
+    for op, function, by_pytorch, tensors in (
+        ("scan", compat_scan, None, tuple(inputs.values())),
+        ("conv", compat_conv, pytorch_conv, conv_inputs),
+        (
+            "conv + x_proj",
+            before_x_proj(compat_conv),
+            before_x_proj(pytorch_conv),
+            (*conv_inputs, x_proj),
+        ),
     ):
         last = [t.transpose(1, 2) if t.dim() == 3 else t for t in tensors]
         task = Task(function, *last)
         other = Task(function, *(t.contiguous() for t in last))
         other.output_gradients = tuple(t.contiguous() for t in task.output_gradients)
         found[op] = {CHANNELS_LAST: task, CONTIGUOUS: other}
-    if dtype == torch.float32:
-        found["conv"][PYTORCH] = Task(pytorch_conv, *found["conv"][CONTIGUOUS].leaves)
+        if by_pytorch is not None and dtype == torch.float32:
+            found[op][PYTORCH] = Task(by_pytorch, *other.leaves)
     return found
 
 

@@ -99,8 +99,8 @@ def assert_as_exact_as_pytorch(
         assert mine.square().mean().sqrt() <= 2 * theirs.square().mean().sqrt() + slack, name
 
 
-def channels_last(tensor: Tensor) -> Tensor:
-    """The same (batch, channels, length), with the channels of a step side by side in memory."""
+def time_last(tensor: Tensor) -> Tensor:
+    """The same (B, L, D) in memory of (B, D, L)."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -110,7 +110,7 @@ def test_scan_and_its_plots(tmp_path: Path) -> None:
 
 def test_layouts_are_compared() -> None:
     bars = measure_layout(SMALLEST).bars
-    assert len(bars) == len({bar.what for bar in bars}) == 10
+    assert len(bars) == len({bar.what for bar in bars}) == 16
     assert {bar.against for bar in bars} == {"channels last", "F.conv1d + F.silu"}
 
 

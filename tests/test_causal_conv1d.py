@@ -18,6 +18,7 @@ from conftest import (
     assert_float64_equal,
     boundaries,
     gradients,
+    time_last,
 )
 from mambablock import reference
 
@@ -98,6 +99,25 @@ def test_reverse_is_flipped() -> None:
     expected, expected_state = mambablock.causal_conv1d(**flipped, **OPTIONS)
     assert torch.equal(y, expected.flip(1))
     assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("length", [5, 64, 75, 300])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_memory_layouts_give_the_same_bits(length: int, dtype: torch.dtype, reverse: bool) -> None:
+    # Several blocks of channels, the last one no whole number of vectors.
+    tensors = make_inputs(length=length, d_inner=263, dtype=dtype)
+    x, dy = tensors.pop("x"), torch.randn(2, length, 263).to(dtype)
+    dfinal_state = torch.randn_like(tensors["initial_state"])
+
+    def bits(x: Tensor, dy: Tensor) -> list[Tensor]:
+        leaves = {n: t.detach().requires_grad_() for n, t in (tensors | {"x": x}).items()}
+        outputs = mambablock.causal_conv1d(**leaves, **OPTIONS, reverse=reverse)
+        return [*outputs, *torch.autograd.grad(outputs, leaves.values(), (dy, dfinal_state))]
+
+    expected = bits(x, dy)
+    for other in ((time_last(x), time_last(dy)), (time_last(x), dy), (x, time_last(dy))):
+        assert all(torch.equal(a, b) for a, b in zip(bits(*other), expected, strict=True))
 
 
 @pytest.mark.parametrize("cuts", [[1], [128], [1, 2, 3, 100]])

@@ -18,6 +18,7 @@ from conftest import (
     assert_float64_equal,
     boundaries,
     gradients,
+    time_last,
 )
 from mambablock import reference
 
@@ -143,6 +144,25 @@ def test_reverse_is_flipped() -> None:
     expected, expected_state = mambablock.selective_scan(**flipped, return_final_state=True)
     assert torch.equal(y, expected.flip(1))
     assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("length", [5, 64, 75])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_memory_layouts_give_the_same_bits(length: int, dtype: torch.dtype, reverse: bool) -> None:
+    # Three blocks of channels, the last one no whole number of vectors.
+    tensors = make_inputs(length=length, d_inner=263, dtype=dtype)
+    dy = torch.randn(2, length, 263).to(dtype)
+
+    def bits(dy: Tensor, **tensors: Tensor) -> list[Tensor]:
+        leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+        y, _ = mambablock.selective_scan(**leaves, **OPTIONS, reverse=reverse)
+        return [y, *torch.autograd.grad(y, leaves.values(), dy)]
+
+    rows = ("u", "delta", "B", "C", "z")
+    other = {n: time_last(t) if n in rows else t for n, t in tensors.items()}
+    same = zip(bits(time_last(dy), **other), bits(dy, **tensors), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
 
 
 @pytest.mark.parametrize("cuts", [[1], [64], [3, 65, 100]])

@@ -5,7 +5,7 @@
 // converting first brought into rows of the accumulator's type; lanes are channels.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/tiles.h"
 #include "params.h"
 
 namespace mambablock {
@@ -58,19 +58,6 @@ struct OutputRows {
   }
 };
 
-// Consecutive work items are neighbours in memory: by channels, or by time where steps lie nearer.
-inline bool goes_by_time(const CausalConv1dParams& p) { return p.x.channel != 1; }
-
-struct ConvPlace {
-  int64_t chunk, block;  // chunks are counted through the whole batch
-};
-
-inline ConvPlace conv_place(const CausalConv1dParams& p, int64_t index) {
-  const int64_t blocks = causal_conv1d_blocks(p), chunks = causal_conv1d_chunks(p);
-  if (!goes_by_time(p)) return {index / blocks, index % blocks};
-  return {index / (blocks * chunks) * chunks + index % chunks, index / chunks % blocks};
-}
-
 template <class T>
 class ConvItem {
  public:
@@ -93,10 +80,11 @@ class ConvItem {
 
   ConvItem(const CausalConv1dParams& p, int64_t index, Scratch<A>& scratch)
       : p(p),
-        chunk(conv_place(p, index).chunk),
+        chunk(index / causal_conv1d_blocks(p)),
         batch(chunk / causal_conv1d_chunks(p)),
-        channel(conv_place(p, index).block * kConvChannelBlock),
-        channels(block_channels(channel)) {
+        channel(index % causal_conv1d_blocks(p) * kConvChannelBlock),
+        channels(block_channels(channel)),
+        segments(p.segments + chunk % causal_conv1d_chunks(p) * kConvSegmentChunk) {
     A* taps = scratch.take(p.width * stride);
     bias = scratch.take(stride);
     for (int64_t tap = 0; tap < p.width; ++tap) {
@@ -109,10 +97,10 @@ class ConvItem {
 
   // Goes to the chunk's segment `index`; false where there is none.
   bool next_segment(int64_t index) {
-    const int64_t i = chunk % causal_conv1d_chunks(p) * kConvSegmentChunk + index;
-    if (index == kConvSegmentChunk || i == p.segment_count) return false;
-    segment = p.segments[i];
+    if (!has_segment(index)) return false;
+    segment = segments[index];
     steps = segment.end - segment.begin;
+    next_begin = segments[has_segment(index + 1) ? index + 1 : 0].begin;
     return true;
   }
 
@@ -181,6 +169,7 @@ class ConvItem {
                         p.batch * p.length * p.channels > kCacheBytes / int64_t(sizeof(T));
   int64_t chunk;  // counted through the whole batch
   int64_t batch, channel, channels;
+  const Segment* segments;  // the chunk's
   Segment segment{};
   int64_t steps = 0;
   Rows<A> weight;
@@ -189,14 +178,24 @@ class ConvItem {
  private:
   // Those before the segment apart, so that the segment's first step is that of a square, too.
   void load_steps(const Strided3& input, int64_t begin, int64_t end, A* tile) const {
+    // The chunk's next segment, and after the last the next block's first.
+    int64_t ahead = (next_begin - segment.begin) * input.time;
+    if (next_begin <= segment.begin) {
+      ahead = in_last_block() ? 0 : ahead + kConvChannelBlock * input.channel;
+    }
     for (const int64_t stop : {segment.begin, end}) {
       if (begin >= stop) continue;
-      load_tile<T, kConvTimeTile>(input, batch, begin, stop - begin, channel, channels, tile,
-                                  strides);
+      load_tile<T>(input, batch, begin, stop - begin, channel, channels, tile, strides, ahead);
       tile += (stop - begin) * stride;
       begin = stop;
     }
   }
+
+  bool has_segment(int64_t index) const {
+    return index < kConvSegmentChunk && segments + index < p.segments + p.segment_count;
+  }
+
+  bool in_last_block() const { return channel + kConvChannelBlock >= p.channels; }
 
   int64_t block_channels(int64_t first) const {
     const int64_t rest = p.channels - first;
@@ -206,12 +205,13 @@ class ConvItem {
   // What comes next in the place of this segment, given its first row; nothing at the row's end.
   template <Access Use>
   Ahead<T, Use> rows_ahead(const T* row, int64_t time) const {
-    const bool next_block = !goes_by_time(p) && channel + kConvChannelBlock < p.channels;
-    if (next_block) return {row + channel + kConvChannelBlock, time};
-    const int64_t later = goes_by_time(p) ? kConvTimeTile : kConvSegmentChunk * kConvTimeTile;
+    if (!in_last_block()) return {row + channel + kConvChannelBlock, time};
+    const int64_t later = kConvSegmentChunk * kConvTimeTile;
     if (segment.end + later > p.length) return {};
-    return {row + later * time + (goes_by_time(p) ? channel : 0), time};
+    return {row + later * time, time};
   }
+
+  int64_t next_begin = 0;  // of the segment that comes after this one, in this block or the next
 };
 
 // Calls work(item, scratch) for the work items [begin, end), whose scratch has room for `tiles`

@@ -5,7 +5,7 @@
 // type; lanes are channels.
 #pragma once
 
-#include "../common/simd.h"
+#include "../common/tiles.h"
 #include "params.h"
 
 namespace mambablock {
@@ -240,9 +240,10 @@ struct Tiles {
     for (const Strided3* input : {&p.u, &p.delta, &p.z, &p.dy}) {
       if (input->channel == 1) {
         ask.template operator()<Access::kRead>(input->data, input->batch, input->time);
-      } else if (input->data != nullptr && input->time == 1) {
-        const T* from = static_cast<const T*>(input->data) + run.batch * input->batch +
-                        ahead.begin + channel * input->channel;
+      } else if (input->data != nullptr && llabs(input->time) == 1) {
+        const int64_t lowest = input->time > 0 ? ahead.begin : 1 - ahead.end;
+        const T* from = static_cast<const T*>(input->data) + run.batch * input->batch + lowest +
+                        channel * input->channel;
         prefetch_part(from, input->channel, count, length, part, parts);
       }
     }
