@@ -102,17 +102,22 @@ def test_reverse_is_flipped() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("length", [5, 64, 75, 300])
+@pytest.mark.parametrize("lengths", [[5], [64], [75], [300], [3, 0, 66, 231]])
+@pytest.mark.parametrize("d_inner", [260, 263])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_memory_layouts_give_the_same_bits(length: int, dtype: torch.dtype, reverse: bool) -> None:
+def test_memory_layouts_give_the_same_bits(
+    lengths: list[int], dtype: torch.dtype, d_inner: int, reverse: bool
+) -> None:
     # Several blocks of channels, the last one no whole number of vectors.
-    tensors = make_inputs(length=length, d_inner=263, dtype=dtype)
-    x, dy = tensors.pop("x"), torch.randn(2, length, 263).to(dtype)
-    dfinal_state = torch.randn_like(tensors["initial_state"])
+    batch, states = (2, None) if len(lengths) == 1 else (1, len(lengths))
+    tensors = make_inputs(batch, sum(lengths), d_inner, states=states, dtype=dtype)
+    x = tensors.pop("x")
+    dy, dfinal_state = torch.randn_like(x), torch.randn_like(tensors["initial_state"])
+    options = OPTIONS | {"cu_seqlens": boundaries(lengths) if states else None, "reverse": reverse}
 
     def bits(x: Tensor, dy: Tensor) -> list[Tensor]:
         leaves = {n: t.detach().requires_grad_() for n, t in (tensors | {"x": x}).items()}
-        outputs = mambablock.causal_conv1d(**leaves, **OPTIONS, reverse=reverse)
+        outputs = mambablock.causal_conv1d(**leaves, **options)
         return [*outputs, *torch.autograd.grad(outputs, leaves.values(), (dy, dfinal_state))]
 
     expected = bits(x, dy)

@@ -159,6 +159,11 @@ def test_time_in_one_piece_and_in_chunks(
     test_selective_scan.both(tensors, cu_seqlens=cu_seqlens, reverse=reverse)
 
 
+def test_chunks_of_no_groups() -> None:
+    with pytest.raises(RuntimeError, match="groups must be a divisor of d_inner=4; got 0"):
+        torch.ops.mambablock.selective_scan_chunks(torch.ones(2, 3, 4), 0)
+
+
 @emulated
 @pytest.mark.parametrize("reverse", [False, True])
 def test_more_chunks_than_are_combined_at_once(

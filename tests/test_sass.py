@@ -35,7 +35,13 @@ def test_kernels_are_few(kernels: list[Kernel]) -> None:
 
 @pytest.mark.parametrize(
     ("operator", "issued", "exps"),
-    [("forward", 7.0, 1.1), ("backward", 20.0, 2.2)],
+    [
+        ("forward", 7.0, 1.1),
+        ("backward", 20.0, 2.2),
+        # Steps of a channel are turned over, and B and C come one by one.
+        ("forward of (B, D, L) memory", 7.5, 1.1),
+        ("backward of (B, D, L) memory", 21.0, 2.2),
+    ],
 )
 def test_budgets(kernels: list[Kernel], operator: str, issued: float, exps: float) -> None:
     """Per state-step of the scan in bfloat16 on sm_90, over all kernels that it launches."""

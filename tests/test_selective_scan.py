@@ -147,22 +147,29 @@ def test_reverse_is_flipped() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("length", [5, 64, 75])
+@pytest.mark.parametrize("lengths", [[5], [64], [75], [3, 0, 41, 32]])
+@pytest.mark.parametrize("d_inner", [260, 263])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_memory_layouts_give_the_same_bits(length: int, dtype: torch.dtype, reverse: bool) -> None:
-    # Three blocks of channels, the last one no whole number of vectors.
-    tensors = make_inputs(length=length, d_inner=263, dtype=dtype)
-    dy = torch.randn(2, length, 263).to(dtype)
+def test_memory_layouts_give_the_same_bits(
+    lengths: list[int], dtype: torch.dtype, d_inner: int, reverse: bool
+) -> None:
+    # Several blocks of channels, the last one no whole number of vectors.
+    batch, states = (2, None) if len(lengths) == 1 else (1, len(lengths))
+    tensors = make_inputs(batch, sum(lengths), d_inner, states=states, dtype=dtype)
+    dy = torch.randn_like(tensors["u"])
+    options = OPTIONS | {"cu_seqlens": boundaries(lengths) if states else None, "reverse": reverse}
 
     def bits(dy: Tensor, **tensors: Tensor) -> list[Tensor]:
         leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
-        y, _ = mambablock.selective_scan(**leaves, **OPTIONS, reverse=reverse)
+        y, _ = mambablock.selective_scan(**leaves, **options)
         return [y, *torch.autograd.grad(y, leaves.values(), dy)]
 
-    rows = ("u", "delta", "B", "C", "z")
-    other = {n: time_last(t) if n in rows else t for n, t in tensors.items()}
-    same = zip(bits(time_last(dy), **other), bits(dy, **tensors), strict=True)
-    assert all(torch.equal(a, b) for a, b in same)
+    expected = bits(dy, **tensors)
+    turned = {n: time_last(tensors[n]) for n in ("u", "delta", "B", "C", "z")}
+    # All of them, and some: u comes channels-last from the convolution.
+    for other in (turned, {n: t for n, t in turned.items() if n != "u"}):
+        same = zip(bits(time_last(dy), **(tensors | other)), expected, strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
 
 
 @pytest.mark.parametrize("cuts", [[1], [64], [3, 65, 100]])

@@ -33,13 +33,22 @@ def mark(name):
     with open(os.environ["MAMBABLOCK_EMULATION_RECORD"], "a") as file:
         print(name, file=file)
 
-for suffix, z, softplus in (("", None, False), (" with softplus and z", z, True)):
-    arguments = (u, delta, A, B, C, D, z, bias, None, None)
+def time_last(tensor):
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+for suffix, memory, gated in (
+    ("", torch.Tensor.contiguous, False),
+    (" with softplus and z", torch.Tensor.contiguous, True),
+    (" of (B, D, L) memory", time_last, False),
+    (" of (B, D, L) memory with softplus and z", time_last, True),
+):
+    rows = [memory(u), memory(delta), A, memory(B), memory(C)]
+    arguments = (*rows, D, memory(z) if gated else None, bias, None, None)
     mark("forward" + suffix)
-    y, state, saved = ops.selective_scan(*arguments, softplus, False, True)
+    y, state, saved = ops.selective_scan(*arguments, gated, False, True)
     mark("backward" + suffix)
     ops.selective_scan_backward(
-        dy, torch.empty_like(state), *arguments, saved, softplus, False
+        memory(dy), torch.empty_like(state), *arguments, saved, gated, False
     )
 """
 

@@ -12,17 +12,18 @@ struct Backward {
   __device__ explicit Backward(const CausalConv1dParams& p)
       : p(p),
         channels(p),
-        x(p.x, channels.batch, channels.channel, channels.count, p.channels),
-        dy(p.dy, channels.batch, channels.channel, channels.count, p.channels),
-        dx(p.dx, channels.batch, channels.channel, channels.count, p.channels),
+        x(p.x, channels.batch, channels.channel, channels.count),
+        dy(p.dy, channels.batch, channels.channel, channels.count),
+        dx(p.dx, channels.batch, channels.channel, channels.count),
         bias(channels.load_row(p.bias, 0)) {}
 
   // The gradient before the SiLU, given the sum that the SiLU had.
-  __device__ __forceinline__ Values<A> before_silu(int64_t time, const Values<A>& sum) const {
-    Values<A> gradient = channels.widened(dy.load(time));
+  __device__ __forceinline__ Values<A> before_silu(const ChannelPack<T>& dy,
+                                                   const Values<A>& sum) const {
+    Values<A> gradient = channels.widened(dy);
     if (p.silu) {
 #pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) {
+      for (int j = 0; j < kPack; ++j) {
         gradient.at[j] *= silu_derivative(sum.at[j], sigmoid(sum.at[j]));
       }
     }
@@ -58,27 +59,30 @@ struct Backward {
 // Steps [first, last) of sequence s: dx_t = sum_w weight_w dpre_{t+W-1-w}, which takes the W-1
 // steps after them too, and adds to dweight_w = sum_t dpre_t x_{t-W+1+w} and dbias = sum_t dpre_t.
 // If the sequence begins with them, so do the gradients of the W-1 inputs before.
-template <class T, int kWidth>
+template <bool kXAlongTime, bool kDyAlongTime, class T, int kWidth>
 __device__ void segment(const Backward<T, kWidth>& backward, int64_t s, int64_t first, int64_t last,
                         const Values<Accumulator<T>> (&weight)[kWidth],
                         Values<Accumulator<T>> (&dweight)[kWidth], Values<Accumulator<T>>& dbias) {
   using A = Accumulator<T>;
   const auto& channels = backward.channels;
   const int64_t begin = channels.sequences.begin(s), end = channels.sequences.begin(s + 1);
+  constexpr int unrolled = kUnrolledSteps < kXAlongTime || kDyAlongTime > ;
   Window<A, kWidth> inputs{}, gradients{};
+  PacksInOrder<T, kXAlongTime> x(backward.x, first);
+  PacksInOrder<T, kDyAlongTime> dy(backward.dy, first);
 #pragma unroll
   for (int i = 1; i < kWidth; ++i) {
     inputs.packs[i] = channels.input_at(backward.x, s, first - kWidth + i);
   }
-#pragma unroll 4
+#pragma unroll unrolled
   for (int64_t time = first; time < last + kWidth - 1; ++time) {
     Values<A> gradient{};
     if (time < end) {
-      inputs.push(channels.widened(backward.x.load(time)));
+      inputs.push(channels.widened(x.at(time)));
       Values<A> sum = backward.bias;
 #pragma unroll
       for (int tap = 0; tap < kWidth; ++tap) add_product(sum, weight[tap], inputs.packs[tap]);
-      gradient = backward.before_silu(time, sum);
+      gradient = backward.before_silu(dy.at(time), sum);
     }
     gradients.push(gradient);
     if (time < last) {
@@ -87,7 +91,7 @@ __device__ void segment(const Backward<T, kWidth>& backward, int64_t s, int64_t 
         add_product(dweight[tap], gradient, inputs.packs[tap]);
       }
 #pragma unroll
-      for (int j = 0; j < kChannelPack; ++j) dbias.at[j] += gradient.at[j];
+      for (int j = 0; j < kPack; ++j) dbias.at[j] += gradient.at[j];
     }
     const int64_t target = time - (kWidth - 1);
     if (target < first && first != begin) continue;
@@ -115,7 +119,7 @@ __device__ void segment_of_any_width(const Backward<T, 0>& backward, int64_t s, 
       add_product(sum, channels.load_tap(p.weight, 0, tap),
                   channels.input_at(backward.x, s, time - (width - 1) + tap));
     }
-    return backward.before_silu(time, sum);
+    return backward.before_silu(backward.dy.load(time), sum);
   };
   for (int64_t target = first == begin ? first - (width - 1) : first; target < last; ++target) {
     Values<A> sum = backward.from_final_state(s, end, target);
@@ -138,7 +142,7 @@ __device__ void segment_of_any_width(const Backward<T, 0>& backward, int64_t s, 
   Values<A> dbias = channels.load_row(add ? p.dbias_partial : nullptr, channels.partial);
   for (int64_t time = first; time < last; ++time) {
     const Values<A> gradient = gradient_at(time);
-    for (int j = 0; j < kChannelPack; ++j) dbias.at[j] += gradient.at[j];
+    for (int j = 0; j < kPack; ++j) dbias.at[j] += gradient.at[j];
   }
   channels.store_row(p.dbias_partial, channels.partial, dbias);
 }
@@ -173,17 +177,24 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
     }
     channels.store_row(p.dbias_partial, channels.partial, {});
   }
-  for (int64_t first = channels.begin; first < channels.end;) {
-    const int64_t next = sequences.first_from(first + 1);
-    const int64_t last =
-        sequences.begin(next) < channels.end ? sequences.begin(next) : channels.end;
-    if constexpr (kWidth > 0) {
-      segment<T, kWidth>(backward, next - 1, first, last, weight, dweight, dbias);
-    } else {
-      segment_of_any_width<T>(backward, next - 1, first, last, first > channels.begin);
-    }
-    first = last;
-  }
+  with_flag(goes_along_time<T, kWidth>(p.x), [&](auto x_along_time) {
+    // Registers have room for both in 16-bit types.
+    constexpr bool room = sizeof(T) == 2 || !decltype(x_along_time)::value;
+    with_flag(room && goes_along_time<T, kWidth>(p.dy), [&](auto dy_along_time) {
+      for (int64_t first = channels.begin; first < channels.end;) {
+        const int64_t next = sequences.first_from(first + 1);
+        const int64_t last =
+            sequences.begin(next) < channels.end ? sequences.begin(next) : channels.end;
+        if constexpr (kWidth > 0) {
+          segment<x_along_time.value, dy_along_time.value>(backward, next - 1, first, last, weight,
+                                                           dweight, dbias);
+        } else {
+          segment_of_any_width<T>(backward, next - 1, first, last, first > channels.begin);
+        }
+        first = last;
+      }
+    });
+  });
   if constexpr (kWidth > 0) {
     for (int tap = 0; tap < kWidth; ++tap) {
       channels.store_tap(p.dweight_partial, channels.partial, tap, dweight[tap]);

@@ -19,7 +19,7 @@ inline constexpr int kConvBlocks = sizeof(T) == 8 ? 1 : 3;
 // A pack of accumulators.
 template <class A>
 struct Values {
-  A at[kChannelPack];
+  A at[kPack];
 };
 
 template <class T, int kWidth>
@@ -28,17 +28,17 @@ struct Channels {
 
   __device__ explicit Channels(const CausalConv1dParams& p)
       : p(p), sequences{p.boundaries, p.sequences, p.length, p.reverse} {
-    const int64_t packs = (p.channels + kChannelPack - 1) / kChannelPack;
+    const int64_t packs = (p.channels + kPack - 1) / kPack;
     const int64_t chunks = cuda_conv_chunks(p);
     int64_t index = int64_t(blockIdx.x) * kConvThreads + threadIdx.x;
-    channel = index % packs * kChannelPack;
+    channel = index % packs * kPack;
     index /= packs;
     partial = index;
     const int64_t chunk = index % chunks;
     batch = index / chunks;
     exists = batch < p.batch;
     const int64_t rest = p.channels - channel;
-    count = rest < kChannelPack ? int(rest) : kChannelPack;
+    count = rest < kPack ? int(rest) : kPack;
     begin = chunk * kCudaConvChunk;
     end = begin + kCudaConvChunk < p.length ? begin + kCudaConvChunk : p.length;
   }
@@ -94,7 +94,7 @@ struct Channels {
     if (data == nullptr) return values;
     const A* source = static_cast<const A*>(data) + first + channel * stride;
 #pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) {
+    for (int j = 0; j < kPack; ++j) {
       if (j < count) values.at[j] = source[j * stride];
     }
     return values;
@@ -103,18 +103,28 @@ struct Channels {
   __device__ void store(void* data, int64_t first, int64_t stride, const Values<A>& values) const {
     A* target = static_cast<A*>(data) + first + channel * stride;
 #pragma unroll
-    for (int j = 0; j < kChannelPack; ++j) {
+    for (int j = 0; j < kPack; ++j) {
       if (j < count) target[j * stride] = values.at[j];
     }
   }
 };
+
+// Whether packs of steps are read; float64 would take too many registers.
+template <class T, int kWidth>
+__device__ __forceinline__ bool goes_along_time(const Strided3& input) {
+  return kWidth > 0 && sizeof(T) < 8 && input.packs == Packs::kSteps;
+}
+
+// Several, so that their loads are on their way together; packs of steps are that already.
+template <bool kAlongTime>
+inline constexpr int kUnrolledSteps = kAlongTime ? 1 : 4;
 
 // sum += weight * x
 template <class A>
 __device__ __forceinline__ void add_product(Values<A>& sum, const Values<A>& weight,
                                             const Values<A>& x) {
 #pragma unroll
-  for (int j = 0; j < kChannelPack; ++j) sum.at[j] += weight.at[j] * x.at[j];
+  for (int j = 0; j < kPack; ++j) sum.at[j] += weight.at[j] * x.at[j];
 }
 
 // The last kSize packs of a series, the latest last.
@@ -130,7 +140,7 @@ struct Window {
 };
 
 inline int64_t conv_threads(const CausalConv1dParams& p) {
-  return p.batch * cuda_conv_chunks(p) * ((p.channels + kChannelPack - 1) / kChannelPack);
+  return p.batch * cuda_conv_chunks(p) * ((p.channels + kPack - 1) / kPack);
 }
 
 }  // namespace mambablock

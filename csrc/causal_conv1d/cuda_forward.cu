@@ -10,8 +10,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
   using A = Accumulator<T>;
   const Channels<T, kWidth> channels(p);
   if (!channels.exists) return;
-  const PackInput<T> x(p.x, channels.batch, channels.channel, channels.count, p.channels);
-  const PackOutput<T> y(p.y, channels.batch, channels.channel, channels.count, p.channels);
+  const PackInput<T> x(p.x, channels.batch, channels.channel, channels.count);
+  const PackOutput<T> y(p.y, channels.batch, channels.channel, channels.count);
   const int64_t width = channels.width();
   const Values<A> bias = channels.load_row(p.bias, 0);
   constexpr int kept = kWidth > 0 ? kWidth : 1;
@@ -50,32 +50,36 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
     cursor = {boundary - 1, channels.sequences.begin(boundary)};
     if (channels.begin < channels.end) look_back(cursor.sequence, channels.begin);
   }
-  for (int64_t time = channels.begin; time < channels.end;) {
-    const int64_t stop = cursor.end < channels.end ? cursor.end : channels.end;
-#pragma unroll 4
-    for (; time < stop; ++time) {
-      Values<A> sum = bias;
-      if constexpr (kWidth > 0) {
-        window.push(channels.widened(x.load(time)));
+  with_flag(goes_along_time<T, kWidth>(p.x), [&](auto along_time) {
+    constexpr int unrolled = kUnrolledSteps<decltype(along_time)::value>;
+    PacksInOrder<T, along_time.value> inputs(x, channels.begin);
+    for (int64_t time = channels.begin; time < channels.end;) {
+      const int64_t stop = cursor.end < channels.end ? cursor.end : channels.end;
+#pragma unroll unrolled
+      for (; time < stop; ++time) {
+        Values<A> sum = bias;
+        if constexpr (kWidth > 0) {
+          window.push(channels.widened(inputs.at(time)));
 #pragma unroll
-        for (int tap = 0; tap < kWidth; ++tap) add_product(sum, weight[tap], window.packs[tap]);
-      } else {
-        for (int64_t tap = 0; tap < width; ++tap) {
-          add_product(sum, channels.load_tap(p.weight, 0, tap),
-                      channels.input_at(x, cursor.sequence, time - (width - 1) + tap));
+          for (int tap = 0; tap < kWidth; ++tap) add_product(sum, weight[tap], window.packs[tap]);
+        } else {
+          for (int64_t tap = 0; tap < width; ++tap) {
+            add_product(sum, channels.load_tap(p.weight, 0, tap),
+                        channels.input_at(x, cursor.sequence, time - (width - 1) + tap));
+          }
         }
-      }
-      if (p.silu) {
+        if (p.silu) {
 #pragma unroll
-        for (A& value : sum.at) value = silu(value);
+          for (A& value : sum.at) value = silu(value);
+        }
+        y.store(time, narrowed<T>(sum.at));
       }
-      y.store(time, narrowed<T>(sum.at));
+      if (time == cursor.end) {
+        store_final_state(cursor.sequence);
+        if (time < channels.end || time == p.length) cursor = start(cursor.sequence + 1, time);
+      }
     }
-    if (time == cursor.end) {
-      store_final_state(cursor.sequence);
-      if (time < channels.end || time == p.length) cursor = start(cursor.sequence + 1, time);
-    }
-  }
+  });
 }
 
 }  // namespace

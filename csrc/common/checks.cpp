@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checks.h"
 
+#include <algorithm>
+
 namespace mambablock {
 
 std::string shape_text(const Tensor& tensor) {
@@ -149,6 +151,13 @@ void check_state_rows(const Checks& checks, const std::optional<Tensor>& state_i
   }
 }
 
+bool movable_in_packs(const void* data, int64_t element_size, int64_t count,
+                      std::initializer_list<int64_t> strides) {
+  int64_t bytes = reinterpret_cast<intptr_t>(data);
+  for (const int64_t stride : strides) bytes |= stride * element_size;
+  return count % kPack == 0 && bytes % std::min<int64_t>(16, kPack * element_size) == 0;
+}
+
 Strided3 strided_input(const std::optional<Tensor>& tensor, bool reverse) {
   if (!tensor) return {};
   Strided3 input{tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1), tensor->stride(2)};
@@ -156,6 +165,14 @@ Strided3 strided_input(const std::optional<Tensor>& tensor, bool reverse) {
     input.data = static_cast<const char*>(input.data) +
                  (tensor->size(1) - 1) * input.time * int64_t(tensor->element_size());
     input.time = -input.time;
+  }
+  const auto movable = [&](int64_t count, int64_t stride) {
+    return movable_in_packs(input.data, tensor->element_size(), count, {input.batch, stride});
+  };
+  if (input.channel == 1 && movable(tensor->size(2), input.time)) {
+    input.packs = Packs::kChannels;
+  } else if (input.time == 1 && movable(tensor->size(1), input.channel)) {
+    input.packs = Packs::kSteps;
   }
   return input;
 }
@@ -167,7 +184,7 @@ Strided3 strided_step_input(const std::optional<Tensor>& tensor) {
 
 Strided3Out strided_output(const Tensor& tensor, bool reverse) {
   const Strided3 view = strided_input(tensor, reverse);
-  return {const_cast<void*>(view.data), view.batch, view.time};
+  return {const_cast<void*>(view.data), view.batch, view.time, view.packs == Packs::kChannels};
 }
 
 std::optional<Tensor> contiguous_as(const std::optional<Tensor>& tensor, ScalarType type) {

@@ -86,6 +86,11 @@ Strided3 strided_step_input(const std::optional<Tensor>& tensor);
 Strided3 strided_input(const std::optional<Tensor>& tensor, bool reverse);
 Strided3Out strided_output(const Tensor& tensor, bool reverse);
 
+// Whether `count` neighbours at any multiples of these strides, given in elements, can be moved in
+// packs, of 16 bytes at most.
+bool movable_in_packs(const void* data, int64_t element_size, int64_t count,
+                      std::initializer_list<int64_t> strides);
+
 // A contiguous copy in `type`, or the tensor itself; undefined stays undefined.
 std::optional<Tensor> contiguous_as(const std::optional<Tensor>& tensor, ScalarType type);
 

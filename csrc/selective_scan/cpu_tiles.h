@@ -22,7 +22,7 @@ inline int64_t blocks_at_once(const SelectiveScanParams& p) { return p.u.channel
 template <class A>
 [[gnu::always_inline]] inline ChannelRun channel_run(const SelectiveScanParams& p, int64_t begin,
                                                      int64_t end) {
-  const int64_t in_group = selective_scan_blocks_in_group(p), per_group = p.channels / p.groups;
+  const int64_t in_group = selective_scan_blocks_in_group(p), per_group = p.group_channels;
   ChannelRun run;
   run.block = begin % in_group;
   run.group = begin / in_group % p.groups;
@@ -64,7 +64,7 @@ struct Tiles {
 
   // The most channels that a run has, in whole columns.
   static int64_t max_channels(const SelectiveScanParams& p) {
-    const int64_t per_group = (p.channels / p.groups + lanes - 1) / lanes * lanes;
+    const int64_t per_group = (p.group_channels + lanes - 1) / lanes * lanes;
     const int64_t at_once = blocks_at_once(p) * kScanChannelBlock;
     return per_group < at_once ? per_group : at_once;
   }

@@ -41,12 +41,24 @@ void allocate_carries(SelectiveScanCall& call) {
   p.carry_dt = call.kept.back()->mutable_data_ptr();
 }
 
+// A pack of channels lies in one group.
+void keep_packs_in_groups(SelectiveScanParams& p) {
+  if (p.group_channels % kPack == 0) return;
+  for (Strided3* input : {&p.u, &p.delta, &p.z, &p.dy}) {
+    if (input->packs == Packs::kChannels) input->packs = Packs::kNone;
+  }
+  for (Strided3Out* output : {&p.y, &p.du, &p.ddelta, &p.dz}) output->packs = false;
+}
+
 // For tests and the curious: how many chunks of time a call of these sizes is worked on in.
 int64_t selective_scan_chunks(Tensor u, int64_t groups) {
+  if (groups < 1 || u.size(2) % groups != 0) {
+    fail("selective_scan_chunks", "groups", "a divisor of d_inner=" + std::to_string(u.size(2)),
+         groups);
+  }
   const CudaContext context(u);
   SelectiveScanParams p{};
-  p.channels = u.size(2);
-  p.groups = groups;
+  p.group_channels = u.size(2) / groups;
   const int64_t blocks = u.size(0) * groups * cuda_blocks_in_group(p, kCudaForwardChannels);
   return time_chunks(blocks, (u.size(1) + kCudaTile - 1) / kCudaTile, context.multiprocessors());
 }
@@ -72,6 +84,7 @@ void run_forward(SelectiveScanCall& call) {
   const CudaContext context(call.checks.input());
   const char* op = call.checks.op();
   allocate_carries(call);
+  keep_packs_in_groups(call.params);
   if (call.params.chunks > 1) cuda_forward_carries(op, call.params, context.stream());
   cuda_forward(op, call.params, context.stream());
 }
@@ -80,6 +93,7 @@ void run_backward(SelectiveScanCall& call) {
   const CudaContext context(call.checks.input());
   const char* op = call.checks.op();
   allocate_carries(call);
+  keep_packs_in_groups(call.params);
   if (call.params.chunks > 1) cuda_backward_carries(op, call.params, context.stream());
   cuda_backward(op, call.params, backward_channels(context, call.params.dtype), context.stream());
 }

@@ -15,7 +15,7 @@ inline constexpr int kCudaForwardChannels = 64;
 
 // Blocks of `channels` channels in one group.
 inline int64_t cuda_blocks_in_group(const SelectiveScanParams& p, int channels) {
-  return (p.channels / p.groups + channels - 1) / channels;
+  return (p.group_channels + channels - 1) / channels;
 }
 
 // How many states a block holds from tile to tile; more are in p.carry.

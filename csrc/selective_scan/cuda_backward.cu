@@ -32,13 +32,12 @@ __device__ __forceinline__ Prepared<A> prepared(A delta, A bias, A dy, A z, bool
 // Of channels from `column` on, sum_n g B and sum_n A log2(e) a g h_{t-1}.
 template <class A, int Channels>
 __device__ __forceinline__ void load_sums(const BackwardMemory<A, Channels>& memory, int row,
-                                          int column, A (&g_B)[kChannelPack],
-                                          A (&g_A)[kChannelPack]) {
-  A sums[2 * kChannelPack];
+                                          int column, A (&g_B)[kPack], A (&g_A)[kPack]) {
+  A sums[2 * kPack];
   load_quads(memory.sums[0].at[row][column].values, sums);
   add_quads(memory.sums[1].at[row][column].values, sums);
 #pragma unroll
-  for (int j = 0; j < kChannelPack; ++j) {
+  for (int j = 0; j < kPack; ++j) {
     g_B[j] = sums[2 * j];
     g_A[j] = sums[2 * j + 1];
   }
@@ -47,11 +46,11 @@ __device__ __forceinline__ void load_sums(const BackwardMemory<A, Channels>& mem
 // A channel's sums over the chunk's time.
 template <class T, int Channels>
 __device__ __forceinline__ void store_channel_sums(
-    const Block<T, Channels>& block, const Accumulator<T> (&sums)[kRowSpacing][Channels],
+    const Block<T, Channels>& block, const Accumulator<T> (&sums)[kRowThreads][Channels],
     void* partial, int64_t row) {
   Accumulator<T> total = 0;
 #pragma unroll
-  for (int i = 0; i < kRowSpacing; ++i) total += sums[i][block.own];
+  for (int i = 0; i < kRowThreads; ++i) total += sums[i][block.own];
   if (block.own < block.channels) block.channel_row(partial, row)[block.own] = total;
 }
 
@@ -107,7 +106,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   memory.delta_bias[block.own] = block.parameter(p.delta_bias, block.own);
   memory.D[block.own] = block.parameter(p.D, block.own);
 #pragma unroll
-  for (int i = 0; i < kRowSpacing; ++i) {
+  for (int i = 0; i < kRowThreads; ++i) {
     memory.dD[i][block.own] = memory.ddelta_bias[i][block.own] = 0;
   }
   // Steps past the end of the last tile add nothing.
@@ -125,9 +124,9 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   const int64_t tiles = (block.end - block.begin + kCudaTile - 1) / kCudaTile;
   const int64_t last = block.begin + (tiles - 1) * kCudaTile;
   StatesInput<T, Channels> B_input(block, p.B, last), C_input(block, p.C, last);
-  TileInput<T, true> u_input(block, p.u, last), delta_input(block, p.delta, last),
+  TileInput<T> u_input(block, p.u, last), delta_input(block, p.delta, last),
       dy_input(block, p.dy, last), z_input(block, p.z, last);
-  TileOutput<T, true> du_output(block, p.du, last), ddelta_output(block, p.ddelta, last),
+  TileOutput<T> du_output(block, p.du, last), ddelta_output(block, p.ddelta, last),
       dz_output(block, p.dz, last);
   GroupSums<T, Channels> group_sums(block, last);
   A* saved = States<A>::saved_place(block, last);
@@ -135,9 +134,10 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   ChannelPack<T> u[rows_at_once] = {}, delta[rows_at_once] = {}, dy[rows_at_once] = {},
                  z[rows_at_once] = {}, B[StatesInput<T, Channels>::rounds] = {},
                  C[StatesInput<T, Channels>::rounds] = {};
-  const bool packs = u_input.packs && delta_input.packs && dy_input.packs && du_output.packs &&
-                     ddelta_output.packs && (!gated || (z_input.packs && dz_output.packs)),
-             weight_packs = B_input.packs && C_input.packs;
+  const bool packs = u_input.in_packs() && delta_input.in_packs() && dy_input.in_packs() &&
+                     (!gated || z_input.in_packs()),
+             output_packs = p.du.packs && p.ddelta.packs && (!gated || p.dz.packs),
+             weight_packs = p.B.packs && p.C.packs;
   const auto load_rows = [&](int steps, int group) {
     with_flag(packs && steps == kCudaTile, [&](auto whole) {
       u_input.template load<whole.value>(steps, group, u);
@@ -157,12 +157,20 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   const auto is_inside = [&](int64_t begin, int steps) {
     return steps == kCudaTile && cursor.begin < begin;
   };
+  const auto move_inputs = [&] {
+    u_input.move(-kCudaTile);
+    delta_input.move(-kCudaTile);
+    dy_input.move(-kCudaTile);
+    z_input.move(-kCudaTile);
+    B_input.move(-kCudaTile);
+    C_input.move(-kCudaTile);
+  };
   int steps = steps_from(last, block.end);
   if (ahead) load_rows(steps, 0);
   for (int64_t begin = last; begin >= block.begin; begin -= kCudaTile) {
-    A bias[kChannelPack], dD[kChannelPack];
+    A bias[kPack], dD[kPack];
     load_quads(&memory.delta_bias[block.column], bias);
-    load_quads(&memory.dD[block.row][block.column], dD);
+    load_quads(&memory.dD[block.row_thread][block.column], dD);
 #pragma unroll 1
     for (int group = kRowsPerThread - rows_at_once; group >= 0; group -= rows_at_once) {
       if (!ahead) load_rows(steps, group);
@@ -175,14 +183,14 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
 #pragma unroll
           for (int k = 0; k < rows_at_once; ++k) {
             const int row = block.row_of(group + k);
-            A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack], dy_values[kChannelPack],
-                gate[kChannelPack], derivative[kChannelPack];
+            A u_values[kPack], dt[kPack], dtu[kPack], dy_values[kPack], gate[kPack],
+                derivative[kPack];
             widen(u[k], u_values);
             widen(delta[k], dt);
             widen(dy[k], dy_values);
             widen(z[k], gate);
 #pragma unroll
-            for (int j = 0; j < kChannelPack; ++j) {
+            for (int j = 0; j < kPack; ++j) {
               const Prepared<A> at = prepared(dt[j], bias[j], dy_values[j], gate[j],
                                               delta_softplus.value, gated.value);
               derivative[j] = at.derivative;
@@ -202,7 +210,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
         });
       });
     }
-    store_quads(dD, &memory.dD[block.row][block.column]);
+    store_quads(dD, &memory.dD[block.row_thread][block.column]);
     const bool inside = is_inside(begin, steps);
     const Cursor at_end = cursor;
     each_group<kOneGroup, A>(p.d_state, [&](int64_t first) {
@@ -261,24 +269,22 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
     });
     // In flight while sums are added up.
     ChannelPack<T> u_again[rows_at_once] = {};
-    auto u_again_input = u_input;
-    u_again_input.place += kCudaTile * p.u.time;
     const auto load_u_again = [&](int group) {
-      with_flag(packs && steps == kCudaTile, [&](auto whole) {
-        u_again_input.template load<whole.value>(steps, group, u_again);
-      });
+      with_flag(packs && steps == kCudaTile,
+                [&](auto whole) { u_input.template load<whole.value>(steps, group, u_again); });
     };
-    if (ahead) load_u_again(0);
-    B_input.move(-kCudaTile);
-    C_input.move(-kCudaTile);
-    if (ahead && begin > block.begin) load_rows(kCudaTile, 0);
+    if (ahead) {
+      load_u_again(0);
+      move_inputs();
+      if (begin > block.begin) load_rows(kCudaTile, 0);
+    }
     if (kOneGroup) {
       __syncthreads();
       group_sums.store(memory, steps, 0);
     }
-    A D[kChannelPack], ddelta_bias[kChannelPack];
+    A D[kPack], ddelta_bias[kPack];
     load_quads(&memory.D[block.column], D);
-    load_quads(&memory.ddelta_bias[block.row][block.column], ddelta_bias);
+    load_quads(&memory.ddelta_bias[block.row_thread][block.column], ddelta_bias);
 #pragma unroll 1
     for (int group = kRowsPerThread - rows_at_once; group >= 0; group -= rows_at_once) {
       ChannelPack<T> du[rows_at_once], ddelta[rows_at_once], dz[rows_at_once];
@@ -289,9 +295,8 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
           for (int k = 0; k < rows_at_once; ++k) {
             constexpr A ln2 = A(0.69314718055994531);
             const int row = block.row_of(group + k);
-            A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack], g_B[kChannelPack],
-                g_A[kChannelPack], dy[kChannelPack], y[kChannelPack], dz_values[kChannelPack],
-                derivative[kChannelPack];
+            A u_values[kPack], dt[kPack], dtu[kPack], g_B[kPack], g_A[kPack], dy[kPack], y[kPack],
+                dz_values[kPack], derivative[kPack];
             widen(u_again[k], u_values);
             load_pairs(&memory.dt_and_dtu[row][block.column], dt, dtu);
             load_sums(memory, row, block.column, g_B, g_A);
@@ -304,7 +309,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
               load_quads(&memory.y[row][block.column], y);
             }
 #pragma unroll
-            for (int j = 0; j < kChannelPack; ++j) {
+            for (int j = 0; j < kPack; ++j) {
               const A du_value = g_B[j] * dt[j] + D[j] * dy[j];
               A ddelta_value = g_B[j] * u_values[j] + g_A[j] * ln2;
               if constexpr (delta_softplus.value) ddelta_value *= derivative[j];
@@ -319,13 +324,17 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
           }
         });
       });
-      with_flag(packs && steps == kCudaTile, [&](auto whole) {
+      with_flag(output_packs && steps == kCudaTile, [&](auto whole) {
         du_output.template store<whole.value>(steps, group, du);
         ddelta_output.template store<whole.value>(steps, group, ddelta);
         if (gated) dz_output.template store<whole.value>(steps, group, dz);
       });
     }
-    store_quads(ddelta_bias, &memory.ddelta_bias[block.row][block.column]);
+    store_quads(ddelta_bias, &memory.ddelta_bias[block.row_thread][block.column]);
+    if (!ahead) move_inputs();
+    du_output.move(-kCudaTile);
+    ddelta_output.move(-kCudaTile);
+    dz_output.move(-kCudaTile);
     group_sums.move(-kCudaTile);
     saved -= saved_of_tile;
     steps = kCudaTile;  // only the last tile may have fewer

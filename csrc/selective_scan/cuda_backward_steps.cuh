@@ -6,7 +6,7 @@
 // and last the sums over the block's channels.
 #pragma once
 
-#include "cuda_tiles.cuh"
+#include "cuda_states.cuh"
 
 namespace mambablock {
 
@@ -19,7 +19,7 @@ struct BackwardMemory {
   int64_t row;  // the block's of partial sums, for which registers have no room
   alignas(16) A delta_bias[Channels], D[Channels];
   // Of each of the threads that share a channel's steps.
-  A dD[kRowSpacing][Channels], ddelta_bias[kRowSpacing][Channels];
+  A dD[kRowThreads][Channels], ddelta_bias[kRowThreads][Channels];
   alignas(16) Pack<A, 2> dt_and_dtu[kCudaTile][Channels];  // dt, dt * u
   A dy[kCudaTile + 1][Channels];                           // [step + 1]: of the y before the gate
   alignas(16) A derivative[kCudaTile][Channels];           // of dt by delta

@@ -7,7 +7,7 @@
 // x_t = a_t (x_{t+1} + C_t dy_t), goes the same way.
 #include <cub/block/block_scan.cuh>
 
-#include "cuda_tiles.cuh"
+#include "cuda_states.cuh"
 
 namespace mambablock {
 namespace {
@@ -68,13 +68,15 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
   const int64_t tiles = (block.end - block.begin + kCudaTile - 1) / kCudaTile;
   const int64_t first_begin = block.begin + (kBackward ? (tiles - 1) * kCudaTile : 0);
   constexpr int64_t next = kBackward ? -kCudaTile : kCudaTile;
-  StatesInput<T, kChannels> weights_input(block, kBackward ? p.C : p.B, first_begin);
-  TileInput<T, kBackward> main_input(block, kBackward ? p.dy : p.u, first_begin),
+  const Strided4& B_or_C = kBackward ? p.C : p.B;
+  StatesInput<T, kChannels> weights_input(block, B_or_C, first_begin);
+  TileInput<T> main_input(block, kBackward ? p.dy : p.u, first_begin),
       delta_input(block, p.delta, first_begin), z_input(block, p.z, first_begin);
-  const bool packs = main_input.packs && delta_input.packs && (!gated || z_input.packs);
-  A dt_sum[2] = {}, bias[kChannelPack];
+  const bool packs =
+      main_input.in_packs() && delta_input.in_packs() && (!gated || z_input.in_packs());
+  A dt_sum[2] = {}, bias[kPack];
 #pragma unroll
-  for (int j = 0; j < kChannelPack; ++j) bias[j] = block.parameter(p.delta_bias, block.column + j);
+  for (int j = 0; j < kPack; ++j) bias[j] = block.parameter(p.delta_bias, block.column + j);
 
   // The state where a sequence begins, in the direction of the kernel.
   const auto load_first = [&](int64_t s, int64_t first) {
@@ -95,15 +97,18 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
       delta_input.template load<whole.value>(steps, 0, delta);
       if (gated) z_input.template load<whole.value>(steps, 0, z);
     });
+    main_input.move(next);
+    delta_input.move(next);
+    z_input.move(next);
     with_flag(p.delta_softplus, [&](auto delta_softplus) {
 #pragma unroll
       for (int k = 0; k < kRowsPerThread; ++k) {
-        A dt[kChannelPack], values[kChannelPack], gate[kChannelPack];
+        A dt[kPack], values[kPack], gate[kPack];
         widen(delta[k], dt);
         widen(input[k], values);
         if (gated) widen(z[k], gate);
 #pragma unroll
-        for (int j = 0; j < kChannelPack; ++j) {
+        for (int j = 0; j < kPack; ++j) {
           dt[j] = time_step(dt[j], bias[j], delta_softplus.value).value;
           if (!kBackward) values[j] *= dt[j];
           if (gated) values[j] *= silu(gate[j]);
@@ -114,7 +119,7 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
     for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
       if (first > 0) __syncthreads();
       ChannelPack<T> weights[StatesInput<T, kChannels>::rounds] = {};
-      with_flag(weights_input.packs && steps == kCudaTile, [&](auto whole) {
+      with_flag(B_or_C.packs && steps == kCudaTile, [&](auto whole) {
         weights_input.template load<whole.value>(steps, first, weights);
       });
       weights_input.put(weights, &memory.weights[0][0]);

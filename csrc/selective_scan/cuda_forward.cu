@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda_tiles.cuh"
+#include "cuda_states.cuh"
 
 namespace mambablock {
 namespace {
@@ -81,9 +81,8 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
   ChannelPack<T> u[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {},
                  B[StatesInput<T, kChannels>::rounds] = {},
                  C[StatesInput<T, kChannels>::rounds] = {};
-  const bool packs =
-                 u_input.packs && delta_input.packs && y_output.packs && (!gated || z_input.packs),
-             weight_packs = B_input.packs && C_input.packs;
+  const bool packs = u_input.in_packs() && delta_input.in_packs() && (!gated || z_input.in_packs()),
+             weight_packs = p.B.packs && p.C.packs;
   const auto load_weights = [&](int steps, int64_t first) {
     with_flag(weight_packs && steps == kCudaTile, [&](auto whole) {
       B_input.template load<whole.value>(steps, first, B);
@@ -96,15 +95,17 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
       u_input.template load<whole.value>(steps, 0, u);
       delta_input.template load<whole.value>(steps, 0, delta);
     });
+    u_input.move(kCudaTile);
+    delta_input.move(kCudaTile);
     if (kOneGroup) {
       load_weights(steps, 0);
       B_input.move(kCudaTile);
       C_input.move(kCudaTile);
     }
   };
-  A bias[kChannelPack], skip[kChannelPack];
+  A bias[kPack], skip[kPack];
 #pragma unroll
-  for (int j = 0; j < kChannelPack; ++j) {
+  for (int j = 0; j < kPack; ++j) {
     bias[j] = block.parameter(p.delta_bias, block.column + j);
     skip[j] = block.parameter(p.D, block.column + j);
   }
@@ -116,15 +117,15 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     const int steps = next_steps;
     next_steps = steps_from(begin + kCudaTile, block.end);
     if (!ahead) load_inputs(steps);
-    A from_u[kRowsPerThread][kChannelPack];  // D * u
+    A from_u[kRowsPerThread][kPack];  // D * u
     with_flag(p.delta_softplus, [&](auto delta_softplus) {
 #pragma unroll
       for (int k = 0; k < kRowsPerThread; ++k) {
-        A u_values[kChannelPack], dt[kChannelPack], dtu[kChannelPack];
+        A u_values[kPack], dt[kPack], dtu[kPack];
         widen(u[k], u_values);
         widen(delta[k], dt);
 #pragma unroll
-        for (int j = 0; j < kChannelPack; ++j) {
+        for (int j = 0; j < kPack; ++j) {
           dt[j] = time_step(dt[j], bias[j], delta_softplus.value).value;
           dtu[j] = dt[j] * u_values[j];
           from_u[k][j] = skip[j] * u_values[j];
@@ -141,6 +142,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     if (gated) {
       with_flag(packs && steps == kCudaTile,
                 [&](auto whole) { z_input.template load<whole.value>(steps, 0, z); });
+      z_input.move(kCudaTile);
     }
 
     const SequenceCursor at_begin = cursor;
@@ -187,20 +189,21 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     with_flag(gated, [&](auto gated) {
 #pragma unroll
       for (int k = 0; k < kRowsPerThread; ++k) {
-        A values[kChannelPack], gate[kChannelPack];
+        A values[kPack], gate[kPack];
         load_quads(&memory.y[0].at[block.row_of(k)][block.column], values);
         add_quads(&memory.y[1].at[block.row_of(k)][block.column], values);
         if constexpr (gated.value) widen(z[k], gate);
 #pragma unroll
-        for (int j = 0; j < kChannelPack; ++j) {
+        for (int j = 0; j < kPack; ++j) {
           values[j] += from_u[k][j];
           if constexpr (gated.value) values[j] *= silu(gate[j]);
         }
         y[k] = narrowed<T>(values);
       }
     });
-    with_flag(packs && steps == kCudaTile,
+    with_flag(p.y.packs && steps == kCudaTile,
               [&](auto whole) { y_output.template store<whole.value>(steps, 0, y); });
+    y_output.move(kCudaTile);
     if (!kOneGroup) {
       B_input.move(kCudaTile);
       C_input.move(kCudaTile);

@@ -19,8 +19,11 @@ struct Arguments {
 Strided4 strided_group_input(const Tensor& tensor, bool reverse) {
   const bool grouped = tensor.dim() == 4;
   const Strided3 view = strided_input(tensor, reverse);
-  return {view.data, view.batch, view.time, grouped ? tensor.stride(2) : 0,
-          tensor.stride(grouped ? 3 : 2)};
+  const int64_t group = grouped ? tensor.stride(2) : 0, state = tensor.stride(grouped ? 3 : 2);
+  const bool packs =
+      state == 1 && movable_in_packs(view.data, tensor.element_size(), tensor.size(grouped ? 3 : 2),
+                                     {view.batch, view.time, group});
+  return {view.data, view.batch, view.time, group, state, packs};
 }
 
 void check_group_input(const Checks& checks, const char* argument, const Tensor& tensor,
@@ -82,6 +85,7 @@ SelectiveScanCall checked_call(const char* op, const Arguments& a) {
   p.channels = channels.value;
   p.d_state = state.value;
   p.groups = groups;
+  p.group_channels = p.channels / groups;
   p.delta_softplus = a.delta_softplus;
   p.u = strided_input(a.u, a.reverse);
   p.delta = strided_input(a.delta, a.reverse);

@@ -14,7 +14,8 @@ namespace mambablock {
 // activations; an absent argument is a null pointer.
 struct SelectiveScanParams {
   DType dtype;
-  int64_t batch, length, channels, d_state, groups;
+  int64_t batch, length, channels, d_state;
+  int64_t groups, group_channels;  // of B and C; the channels of each
   bool delta_softplus;
 
   Strided3 u, delta, z;  // (B, L, D)
@@ -72,7 +73,7 @@ inline int64_t scan_time_tiles(int64_t length) {
 }
 
 inline int64_t selective_scan_blocks_in_group(const SelectiveScanParams& p) {
-  return (p.channels / p.groups + kScanChannelBlock - 1) / kScanChannelBlock;
+  return (p.group_channels + kScanChannelBlock - 1) / kScanChannelBlock;
 }
 
 inline int64_t selective_scan_work_items(const SelectiveScanParams& p) {

@@ -216,6 +216,7 @@ void run_selective_scan(Draw& draw, DType dtype) {
   p.channels = channels;
   p.d_state = d_state;
   p.groups = groups;
+  p.group_channels = channels / groups;
   p.delta_softplus = draw.coin();
   p.u = arguments.activation(batch, length, channels);
   p.delta = p.delta_softplus ? arguments.activation(batch, length, channels, -6, 3)
