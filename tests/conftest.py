@@ -106,3 +106,8 @@ def time_last(tensor: Tensor) -> Tensor:
 
 def boundaries(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor([0, *lengths], dtype=dtype).cumsum(0).to(dtype)
+
+
+def rows_of(lengths: Sequence[int]) -> tuple[int, int | None, Tensor | None]:
+    """Two rows of one length, or one of packed sequences: the batch, the states, cu_seqlens."""
+    return (2, None, None) if len(lengths) == 1 else (1, len(lengths), boundaries(lengths))

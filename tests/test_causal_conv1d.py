@@ -18,6 +18,7 @@ from conftest import (
     assert_float64_equal,
     boundaries,
     gradients,
+    rows_of,
     time_last,
 )
 from mambablock import reference
@@ -109,11 +110,11 @@ def test_memory_layouts_give_the_same_bits(
     lengths: list[int], dtype: torch.dtype, d_inner: int, reverse: bool
 ) -> None:
     # Several blocks of channels, the last one no whole number of vectors.
-    batch, states = (2, None) if len(lengths) == 1 else (1, len(lengths))
+    batch, states, cu_seqlens = rows_of(lengths)
     tensors = make_inputs(batch, sum(lengths), d_inner, states=states, dtype=dtype)
     x = tensors.pop("x")
     dy, dfinal_state = torch.randn_like(x), torch.randn_like(tensors["initial_state"])
-    options = OPTIONS | {"cu_seqlens": boundaries(lengths) if states else None, "reverse": reverse}
+    options = OPTIONS | {"cu_seqlens": cu_seqlens, "reverse": reverse}
 
     def bits(x: Tensor, dy: Tensor) -> list[Tensor]:
         leaves = {n: t.detach().requires_grad_() for n, t in (tensors | {"x": x}).items()}

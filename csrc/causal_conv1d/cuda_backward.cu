@@ -66,7 +66,7 @@ __device__ void segment(const Backward<T, kWidth>& backward, int64_t s, int64_t 
   using A = Accumulator<T>;
   const auto& channels = backward.channels;
   const int64_t begin = channels.sequences.begin(s), end = channels.sequences.begin(s + 1);
-  constexpr int unrolled = kUnrolledSteps < kXAlongTime || kDyAlongTime > ;
+  constexpr int unrolled = kUnrolledSteps<(kXAlongTime || kDyAlongTime)>;
   Window<A, kWidth> inputs{}, gradients{};
   PacksInOrder<T, kXAlongTime> x(backward.x, first);
   PacksInOrder<T, kDyAlongTime> dy(backward.dy, first);

@@ -66,18 +66,18 @@ struct PackInput {
         count(count),
         packs(input.packs) {}
 
-  // 0 where the step does not exist, and for channels that do not.
-  __device__ __forceinline__ ChannelPack<T> load(int64_t step, bool exists = true) const {
+  // 0 for channels that do not exist.
+  __device__ __forceinline__ ChannelPack<T> load(int64_t step) const {
     const T* source = data + step * time;
     if (packs == Packs::kChannels) {
-      if (exists && count > 0) return ChannelPack<T>::load(source);
+      if (count > 0) return ChannelPack<T>::load(source);
       return {};
     }
     PackValues<T> pack{};
     const int64_t stride = used_here(channel);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
-      if (exists && j < count) pack.values[j] = source[j * stride];
+      if (j < count) pack.values[j] = source[j * stride];
     }
     return bit_cast<ChannelPack<T>>(pack);
   }
