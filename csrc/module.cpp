@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "common/math_arrays.h"
-#include "common/simd_level.h"
+#include "math_arrays.h"
+#include "common/cpu/simd_level.h"
 
 namespace py = pybind11;
 

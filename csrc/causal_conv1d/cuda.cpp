@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda.h"
+#include "causal_conv1d/cuda/kernels.h"
 
-#include "../common/cuda_op.h"
-#include "op.h"
+#include "common/host/cuda.h"
+#include "causal_conv1d/backend.h"
 
 namespace mambablock {
 

@@ -2,7 +2,7 @@
 //
 // causal_conv1d: the depthwise convolution of the Mamba block (Gu & Dao 2023, arXiv:2312.00752,
 // figure 3), fused with its SiLU.
-#include "op.h"
+#include "causal_conv1d/backend.h"
 
 #include <torch/csrc/stable/library.h>
 

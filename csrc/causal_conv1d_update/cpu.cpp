@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "../common/cpu_op.h"
-#include "op.h"
+#include "common/host/cpu.h"
+#include "causal_conv1d_update/backend.h"
 
 namespace mambablock {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda.h"
+#include "causal_conv1d_update/cuda/kernels.h"
 
-#include "../common/cuda_context.h"
-#include "op.h"
+#include "common/host/cuda_context.h"
+#include "causal_conv1d_update/backend.h"
 
 namespace mambablock {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // causal_conv1d_update: one decoding step of causal_conv1d.
-#include "op.h"
+#include "causal_conv1d_update/backend.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -3,8 +3,8 @@
 // Between the activation types and the accumulator's.
 #pragma once
 
-#include "dtype.h"
-#include "math.h"
+#include "common/dtype.h"
+#include "common/math.h"
 
 #ifdef __F16C__
 #include <immintrin.h>

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda.h"
+#include "selective_scan/cuda/kernels.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include "../common/cuda_op.h"
-#include "op.h"
+#include "common/host/cuda.h"
+#include "selective_scan/backend.h"
 
 namespace mambablock {
 namespace {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // selective_scan: Gu & Dao 2023 (arXiv:2312.00752), section 3.2, algorithm 2.
-#include "op.h"
+#include "selective_scan/backend.h"
 
 #include <torch/csrc/stable/library.h>
 

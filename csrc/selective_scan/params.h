@@ -3,10 +3,10 @@
 
 #include <stdint.h>
 
-#include "../common/dtype.h"
-#include "../common/simd_level.h"
-#include "../common/strided.h"
-#include "../common/time_segments.h"
+#include "common/dtype.h"
+#include "common/cpu/simd_level.h"
+#include "common/views.h"
+#include "common/time_segments.h"
 
 namespace mambablock {
 

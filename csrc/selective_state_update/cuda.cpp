@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda.h"
+#include "selective_state_update/cuda/kernels.h"
 
-#include "../common/cuda_context.h"
-#include "op.h"
+#include "common/host/cuda_context.h"
+#include "selective_state_update/backend.h"
 
 namespace mambablock {
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // selective_state_update: one decoding step of selective_scan.
-#include "op.h"
+#include "selective_state_update/backend.h"
 
 #include <torch/csrc/stable/library.h>
 

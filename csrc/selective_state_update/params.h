@@ -3,9 +3,9 @@
 
 #include <stdint.h>
 
-#include "../common/dtype.h"
-#include "../common/simd_level.h"
-#include "../common/strided.h"
+#include "common/dtype.h"
+#include "common/cpu/simd_level.h"
+#include "common/views.h"
 
 namespace mambablock {
 

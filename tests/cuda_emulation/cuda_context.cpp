@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The emulated device is the CPU: it needs no guard and has one stream.
-#include "common/cuda_context.h"
+#include "common/host/cuda_context.h"
 
 namespace mambablock {
 namespace {

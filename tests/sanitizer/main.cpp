@@ -17,8 +17,8 @@
 
 #include "causal_conv1d/params.h"
 #include "causal_conv1d_update/params.h"
-#include "common/math_arrays.h"
-#include "common/simd.h"
+#include "math_arrays.h"
+#include "common/cpu/simd.h"
 #include "selective_scan/params.h"
 #include "selective_state_update/params.h"
 

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/cpu/simd_level.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace mambablock {
+namespace {
+
+SimdLevel highest_level() {
+#ifdef MAMBABLOCK_HAVE_X86_LEVELS
+  // The features are those of each level's compiler flags.
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 ? SimdLevel::avx512 : SimdLevel::avx2;
+  }
+#endif
+  return SimdLevel::baseline;
+}
+
+}  // namespace
+
+SimdLevel simd_level() {
+  static const SimdLevel level = [] {
+    const char* wanted = std::getenv("MAMBABLOCK_SIMD");
+    if (wanted == nullptr || *wanted == '\0') return highest_level();
+    return simd_level_from_name("MAMBABLOCK_SIMD", wanted);
+  }();
+  return level;
+}
+
+SimdLevel simd_level_from_name(const char* source, const char* name) {
+  const SimdLevel highest = highest_level();
+  for (SimdLevel level : {SimdLevel::baseline, SimdLevel::avx2, SimdLevel::avx512}) {
+    if (std::string(name) != simd_level_name(level)) continue;
+    if (level <= highest) return level;
+    throw std::runtime_error(std::string(source) + ": expected a SIMD level up to " +
+                             simd_level_name(highest) + ", this processor's highest; got " + name);
+  }
+  throw std::runtime_error(std::string(source) + ": expected baseline, avx2 or avx512; got \"" +
+                           name + "\"");
+}
+
+const char* simd_level_name(SimdLevel level) {
+  switch (level) {
+    case SimdLevel::avx512:
+      return "avx512";
+    case SimdLevel::avx2:
+      return "avx2";
+    case SimdLevel::baseline:
+      break;
+  }
+  return "baseline";
+}
+
+}  // namespace mambablock

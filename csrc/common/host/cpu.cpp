@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/host/cpu.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace mambablock {
+
+std::vector<int64_t> index_values(const Tensor& tensor) {
+  std::vector<int64_t> values(tensor.numel());
+  const int64_t stride = tensor.dim() == 1 ? tensor.stride(0) : 0;
+  const void* data = tensor.const_data_ptr();
+  for (int64_t i = 0; i < int64_t(values.size()); ++i) {
+    values[i] = tensor.scalar_type() == ScalarType::Int
+                    ? static_cast<const int32_t*>(data)[i * stride]
+                    : static_cast<const int64_t*>(data)[i * stride];
+  }
+  return values;
+}
+
+std::vector<int64_t> state_rows(const Checks& checks, const std::optional<Tensor>& state_indices,
+                                int64_t batch, int64_t rows) {
+  const char *op = checks.op(), *name = "state_indices";
+  if (!state_indices) {
+    std::vector<int64_t> identity(batch);
+    std::iota(identity.begin(), identity.end(), 0);
+    return identity;
+  }
+  std::vector<int64_t> values = index_values(*state_indices), sorted;
+  for (const int64_t value : values) {
+    if (value >= rows) fail(op, name, "below the state's " + std::to_string(rows) + " rows", value);
+    if (value >= 0) sorted.push_back(value);
+  }
+  std::sort(sorted.begin(), sorted.end());
+  const auto twin = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twin != sorted.end()) fail(op, name, "distinct", std::to_string(*twin) + " twice");
+  return values;
+}
+
+std::vector<Segment> row_segments(const Checks& checks, const std::optional<Tensor>& cu_seqlens,
+                                  int64_t batch, int64_t length, int64_t tile, bool reverse) {
+  const int64_t sequences = state_count(checks, cu_seqlens, batch);
+  if (!cu_seqlens) return time_segments({0, length}, tile);
+  std::vector<int64_t> values = index_values(*cu_seqlens);
+  const auto require = [&](bool holds, size_t at) {
+    if (!holds) {
+      fail(checks.op(), "cu_seqlens", "rising from 0 to length=" + std::to_string(length),
+           std::to_string(values[at]) + " at position " + std::to_string(at));
+    }
+  };
+  require(values.front() == 0, 0);
+  for (size_t i = 1; i < values.size(); ++i) require(values[i] >= values[i - 1], i);
+  require(values.back() == length, values.size() - 1);
+  if (!reverse) return time_segments(values, tile);
+  std::vector<int64_t> flipped(values.rbegin(), values.rend());
+  for (int64_t& value : flipped) value = length - value;
+  std::vector<Segment> segments = time_segments(flipped, tile);
+  for (Segment& segment : segments) segment.sequence = sequences - 1 - segment.sequence;
+  return segments;
+}
+
+namespace {
+
+template <class A>
+void sum_rows(const A* partials, int64_t count, int64_t size, A* total) {
+  torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) total[i] = 0;
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t i = begin; i < end; ++i) total[i] += partials[row * size + i];
+    }
+  });
+}
+
+}  // namespace
+
+Tensor sum_partials(const Tensor& partials, int64_t count, const Tensor& like) {
+  const Tensor total = torch::stable::new_empty(like, like.sizes(), partials.scalar_type());
+  if (partials.scalar_type() == ScalarType::Double) {
+    sum_rows(static_cast<const double*>(partials.const_data_ptr()), count, like.numel(),
+             static_cast<double*>(total.mutable_data_ptr()));
+  } else {
+    sum_rows(static_cast<const float*>(partials.const_data_ptr()), count, like.numel(),
+             static_cast<float*>(total.mutable_data_ptr()));
+  }
+  return *contiguous_as(total, like.scalar_type());
+}
+
+}  // namespace mambablock
