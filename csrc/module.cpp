@@ -1,52 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The Python module mambablock._C: facts of the build, and the functions of common/math.h.
+// The Python module mambablock._C: the functions of common/math.h over arrays, for the tests that
+// hold them to their bounds. The package itself does not import it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "math_arrays.h"
 #include "common/cpu/simd_level.h"
+#include "math_arrays.h"
 
 namespace py = pybind11;
 
 namespace mambablock {
 namespace {
-
-std::vector<std::string> split(const std::string& list) {
-  std::vector<std::string> items;
-  std::istringstream stream(list);
-  for (std::string item; std::getline(stream, item, ',');) items.push_back(item);
-  return items;
-}
-
-std::string torch_version(unsigned long long target) {
-  return std::to_string(target >> 56) + "." + std::to_string(target >> 48 & 0xff);
-}
-
-py::dict build_info() {
-  py::dict info;
-  info["version"] = MAMBABLOCK_VERSION;
-  info["compiler"] = MAMBABLOCK_COMPILER;
-  info["cxx_standard"] = __cplusplus / 100 % 100;
-  info["torch_stable_abi"] = torch_version(TORCH_TARGET_VERSION);
-  info["simd_levels_built"] = split(MAMBABLOCK_SIMD_LEVELS);
-  info["simd_level"] = simd_level_name(simd_level());
-  info["cuda"] = py::none();
-#ifdef MAMBABLOCK_CUDA_VERSION
-  py::dict cuda;
-  cuda["version"] = MAMBABLOCK_CUDA_VERSION;
-  cuda["architectures"] = split(MAMBABLOCK_CUDA_ARCHITECTURES);
-  info["cuda"] = cuda;
-#endif
-  return info;
-}
 
 constexpr std::pair<const char*, MathFunction> kMathFunctions[] = {
     {"exp2", MathFunction::exp2},
@@ -81,8 +52,7 @@ Array math(const std::string& name, const Array& x, const std::optional<std::str
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Facts of the build, and the kernels' mathematical functions.";
-  module.def("build_info", &build_info, "What was built, and the SIMD level in use.");
+  module.doc() = "The kernels' mathematical functions.";
   module.def("math", &math, py::arg("name"), py::arg("x").noconvert(),
              py::arg("level") = py::none(),
              "A function of csrc/common/math.h over a contiguous float32 array.");

@@ -32,7 +32,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def test_build_info() -> None:
-    info = mambablock._C.build_info()
+    info = mambablock.build_info()
     assert info["version"] == "0.1.0"
     assert re.fullmatch(r"\w+ [\d.]+", info["compiler"])
     assert info["cxx_standard"] >= 20
@@ -79,7 +79,7 @@ def test_kernels_ask_for_memory_ahead() -> None:
         assert len(re.findall(rf"\t{instruction} ", code)) >= 50
 
 
-PRINT_LEVEL = "from mambablock import _C; print(_C.build_info()['simd_level'])"
+PRINT_LEVEL = "import mambablock; print(mambablock.build_info()['simd_level'])"
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+import mambablock
 from mambablock import _C
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -38,7 +39,7 @@ BOUNDS: list[tuple[str, Function, float, float, float]] = [
 
 
 def levels() -> list[str]:
-    info = _C.build_info()
+    info = mambablock.build_info()
     built: list[str] = info["simd_levels_built"]
     return built[: built.index(info["simd_level"]) + 1]
 

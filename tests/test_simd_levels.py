@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from mambablock import _C
+import mambablock
 
 
 def lower_levels() -> list[str]:
-    info = _C.build_info()
+    info = mambablock.build_info()
     built: list[str] = info["simd_levels_built"]
     return built[: built.index(info["simd_level"])]
 

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/host/op_call.h"
+#include <memory>
+
 #include "causal_conv1d/params.h"
+#include "common/host/op_call.h"
 
 namespace mambablock {
 
-// A checked call: its parameters, and what keeps their memory alive.
-struct CausalConv1dCall : OpCall {
-  using OpCall::OpCall;
+// What op.cpp asks of a device, in cpu.cpp and cuda.cpp: how a call is divided, and its kernels.
+class [[gnu::visibility("hidden")]] CausalConv1dPlan {
+ public:
+  virtual ~CausalConv1dPlan() = default;
+  virtual void forward(const CausalConv1dForward& p) const = 0;
+  virtual void backward(const CausalConv1dBackward& p) const = 0;
 
-  CausalConv1dParams params{};
   int64_t partials = 0;  // of the sums over time and the batch
 };
 
-// A device's part, in cpu.cpp and cuda.cpp: first where the sequences begin and how many partial
-// sums there are, then the kernels.
-void prepare(CausalConv1dCall& call);
-void run_forward(const CausalConv1dCall& call);
-void run_backward(const CausalConv1dCall& call);
+// The plan refers to the call, which outlives it.
+std::unique_ptr<CausalConv1dPlan> make_plan(const OpCall& call, const CausalConv1dInputs& inputs);
 
 }  // namespace mambablock

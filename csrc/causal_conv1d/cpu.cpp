@@ -1,34 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/host/cpu.h"
+
 #include "causal_conv1d/backend.h"
+#include "causal_conv1d/cpu/kernels.h"
 
 namespace mambablock {
 namespace {
 
-using Kernel = decltype(&baseline::causal_conv1d_forward);
+class CpuPlan final : public CausalConv1dPlan {
+ public:
+  CpuPlan(const OpCall& call, const CausalConv1dInputs& in)
+      : segments_(row_segments(call, in.length, kConvTimeTile)) {
+    partials = in.batch * conv_chunks(view_of(segments_));
+  }
 
-void run(Kernel kernel, const CausalConv1dParams& p) {
-  torch::stable::parallel_for(0, causal_conv1d_work_items(p), 1,
-                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
-}
+  void forward(const CausalConv1dForward& p) const override {
+    run(MAMBABLOCK_SELECT(causal_conv1d_forward), p);
+  }
+
+  void backward(const CausalConv1dBackward& p) const override {
+    run(MAMBABLOCK_SELECT(causal_conv1d_backward), p);
+  }
+
+ private:
+  template <class Kernel, class Params>
+  void run(Kernel kernel, const Params& p) const {
+    const RowSegments segments = view_of(segments_);
+    torch::stable::parallel_for(
+        0, conv_work_items(p, segments), 1,
+        [&](int64_t begin, int64_t end) { kernel(p, segments, begin, end); });
+  }
+
+  std::vector<Segment> segments_;
+};
 
 }  // namespace
 
-void prepare(CausalConv1dCall& call) {
-  CausalConv1dParams& p = call.params;
-  call.segments =
-      row_segments(call.checks, call.cu_seqlens, p.batch, p.length, kConvTimeTile, call.reverse);
-  p.segments = call.segments.data();
-  p.segment_count = int64_t(call.segments.size());
-  call.partials = p.batch * causal_conv1d_chunks(p);
-}
-
-void run_forward(const CausalConv1dCall& call) {
-  run(MAMBABLOCK_SELECT(causal_conv1d_forward), call.params);
-}
-
-void run_backward(const CausalConv1dCall& call) {
-  run(MAMBABLOCK_SELECT(causal_conv1d_backward), call.params);
+std::unique_ptr<CausalConv1dPlan> make_plan(const OpCall& call, const CausalConv1dInputs& inputs) {
+  return std::make_unique<CpuPlan>(call, inputs);
 }
 
 }  // namespace mambablock

@@ -1,57 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // causal_conv1d_update: one decoding step of causal_conv1d.
+#include "causal_conv1d/checks.h"
 #include "causal_conv1d_update/backend.h"
-
-#include <torch/csrc/stable/library.h>
+#include "common/host/views.h"
 
 namespace mambablock {
 namespace {
 
-Tensor causal_conv1d_update(Tensor state, Tensor x, Tensor weight, OptionalTensor bias, bool silu,
-                            OptionalTensor state_indices) {
-  const Checks checks("causal_conv1d_update", "x", x, 2, "(batch, d_inner)");
-  const Size channels{"d_inner", x.size(1)};
-  checks.positive("d_inner", channels.value);
-  checks.parameter("weight", weight);
-  if (weight.dim() != 2) fail(checks.op(), "weight", "(d_inner, d_conv)", shape_text(weight));
-  const Size width{"d_conv", weight.size(1)};
-  checks.shape("weight", weight, {channels, width});
-  checks.positive("d_conv", width.value);
-  if (bias) {
-    checks.parameter("bias", *bias);
-    checks.shape("bias", *bias, {channels});
-  }
-  CausalConv1dUpdateParams p{};
-  p.state_dtype = checks.state("state", state);
-  if (state.dim() != 3)
-    fail(checks.op(), "state", "(rows, d_conv - 1, d_inner)", shape_text(state));
-  checks.shape("state", state,
-               {{"rows", state.size(0)}, {"d_conv - 1", width.value - 1}, channels});
-  check_state_rows(checks, state_indices, x.size(0), state.size(0));
-  const Tensor y = torch::stable::new_empty(x, {x.size(0), channels.value});
-  const OptionalTensor taps = contiguous_as(weight, checks.accumulator_type());
-  const OptionalTensor bias_row = contiguous_as(bias, checks.accumulator_type());
-  p.dtype = checks.dtype();
-  p.batch = x.size(0);
-  p.channels = channels.value;
-  p.width = width.value;
-  p.silu = silu;
-  p.rows = state.size(0);
-  p.state = state.mutable_data_ptr();
-  p.state_row = state.stride(0);
-  p.state_step = state.stride(1);
-  p.state_channel = state.stride(2);
-  p.x = strided_step_input(x);
-  p.taps = data_of(taps);
-  p.bias = data_of(bias_row);
-  p.y = {y.mutable_data_ptr(), channels.value, 0};
-  run_update(p, checks, state_indices);
-  return y;
+struct Arguments : ArgumentReader {
+  using ArgumentReader::ArgumentReader;
+  Tensor state = tensor(), x = tensor(), weight = tensor();
+  OptionalTensor bias = optional_tensor();
+  bool silu = boolean();
+  OptionalTensor state_indices = optional_tensor();
+};
+
+std::array<Tensor, 1> causal_conv1d_update(const Arguments& a) {
+  const Checks checks("causal_conv1d_update", "x", a.x, 2, "(batch, d_inner)");
+  const Size width = check_conv(checks, a), channels = checks.channels();
+  const DType state_dtype =
+      checks.state(a.state, "(rows, d_conv - 1, d_inner)", {"d_conv - 1", width.value - 1},
+                   channels, a.state_indices);
+  const Tensor y = torch::stable::new_empty(a.x, {checks.batch().value, channels.value});
+  const OptionalTensor weight = contiguous_as(a.weight, checks.accumulator_type()),
+                       bias = contiguous_as(a.bias, checks.accumulator_type());
+  const CausalConv1dUpdateParams p{
+      .dtype = checks.dtype(),
+      .state_dtype = state_dtype,
+      .batch = checks.batch().value,
+      .channels = channels.value,
+      .width = width.value,
+      .rows = a.state.size(0),
+      .silu = a.silu,
+      .state = a.state.mutable_data_ptr(),
+      .state_row = a.state.stride(0),
+      .state_step = a.state.stride(1),
+      .state_channel = a.state.stride(2),
+      .x = step_view(a.x),
+      .weight = data_of(weight),
+      .bias = data_of(bias),
+      .y = {y.mutable_data_ptr(), channels.value},
+  };
+  run_update(checks, p, a.state_indices);
+  return {y};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mambablock, MAMBABLOCK_DISPATCH_KEY, library) {
-  library.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update));
+  library.impl("causal_conv1d_update", Boxed<&causal_conv1d_update>::call);
 }
 
 }  // namespace

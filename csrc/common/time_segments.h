@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A row of length L holds one sequence, or S packed ones. Kernels walk it in segments: the pieces
-// between the multiples of a tile and the starts of sequences.
+// A row of length L holds one sequence, or S packed ones. CPU kernels walk it in segments: the
+// pieces between the multiples of a tile and the starts of sequences.
 #pragma once
 
 #include <stdint.h>
@@ -17,6 +17,12 @@ struct Segment {
   int64_t sequence_end;
   bool starts() const { return begin == sequence_begin; }
   bool ends() const { return end == sequence_end; }
+};
+
+// The segments of one row, as kernels are given them.
+struct RowSegments {
+  const Segment* data;
+  int64_t count;
 };
 
 // The segments of a row in order of time; an empty sequence is one empty segment.

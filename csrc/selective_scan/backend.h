@@ -1,24 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <memory>
+
 #include "common/host/op_call.h"
 #include "selective_scan/params.h"
 
 namespace mambablock {
 
-// A checked call: its parameters, and what keeps their memory alive.
-struct SelectiveScanCall : OpCall {
-  using OpCall::OpCall;
+// What op.cpp asks of a device, in cpu.cpp and cuda.cpp: how a call is divided, and its kernels.
+class [[gnu::visibility("hidden")]] SelectiveScanPlan {
+ public:
+  virtual ~SelectiveScanPlan() = default;
+  virtual void forward(const SelectiveScanForward& p) const = 0;
+  virtual void backward(const SelectiveScanBackward& p) const = 0;
 
-  SelectiveScanParams params{};
+  int64_t tiles = 0;             // of a row, each with a saved state
   int64_t group_partials = 0;    // of dB and dC, for each row of the batch
   int64_t channel_partials = 0;  // of the other sums
 };
 
-// A device's part, in cpu.cpp and cuda.cpp: first where the sequences begin, how many saved states
-// a row has and how many partial sums there are, then the kernels.
-void prepare(SelectiveScanCall& call);
-void run_forward(SelectiveScanCall& call);
-void run_backward(SelectiveScanCall& call);
+// The plan refers to the call, which outlives it.
+std::unique_ptr<SelectiveScanPlan> make_plan(const OpCall& call, const SelectiveScanInputs& inputs);
 
 }  // namespace mambablock

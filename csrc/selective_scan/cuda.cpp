@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "selective_scan/cuda/kernels.h"
-
-#include <torch/csrc/stable/library.h>
-
 #include "common/host/cuda.h"
+
 #include "selective_scan/backend.h"
+#include "selective_scan/cuda/kernels.h"
 
 namespace mambablock {
 namespace {
@@ -14,10 +12,12 @@ constexpr int64_t kBlocksPerMultiprocessor = 2;
 // A chunk's second pass must be worth its first: it has at least this many tiles.
 constexpr int64_t kLeastTilesPerChunk = 4;
 
-// Cuts time into chunks where the rows of the batch and the channels alone leave more than half of
-// the device idle: a chunk's exps are computed twice.
-int64_t time_chunks(int64_t row_blocks, int64_t tiles, int64_t multiprocessors) {
-  const int64_t wanted = kBlocksPerMultiprocessor * multiprocessors;
+int64_t cuda_tiles(int64_t length) { return (length + kCudaTile - 1) / kCudaTile; }
+
+// Divides time into chunks where the rows of the batch and the channels alone leave more than half
+// of the device idle: a chunk's exps are computed twice.
+int64_t time_chunks(const CudaContext& context, int64_t row_blocks, int64_t tiles) {
+  const int64_t wanted = kBlocksPerMultiprocessor * context.multiprocessors();
   if (row_blocks == 0 || 2 * row_blocks > wanted) return 1;
   const int64_t chunks = (wanted + row_blocks - 1) / row_blocks;
   const int64_t most = (tiles + kLeastTilesPerChunk - 1) / kLeastTilesPerChunk;
@@ -32,70 +32,81 @@ int backward_channels(const CudaContext& context, DType dtype) {
   return needed <= context.shared_memory_per_block() ? wide : narrow;
 }
 
-void allocate_carries(SelectiveScanCall& call) {
-  SelectiveScanParams& p = call.params;
-  if (p.chunks == 1 && p.d_state <= cuda_states_held(p.dtype)) return;
-  call.kept.push_back(call.new_accumulators({p.batch, p.chunks, p.channels, p.d_state}));
-  p.carry = call.kept.back()->mutable_data_ptr();
-  call.kept.push_back(call.new_accumulators({p.batch, p.chunks, p.channels}));
-  p.carry_dt = call.kept.back()->mutable_data_ptr();
-}
-
-// A pack of channels lies in one group.
-void keep_packs_in_groups(SelectiveScanParams& p) {
-  if (p.group_channels % kPack == 0) return;
-  for (Strided3* input : {&p.u, &p.delta, &p.z, &p.dy}) {
-    if (input->packs == Packs::kChannels) input->packs = Packs::kNone;
+class CudaPlan final : public SelectiveScanPlan {
+ public:
+  CudaPlan(const OpCall& call, const SelectiveScanInputs& in)
+      : call_(call), boundaries_(device_boundaries(call, in.length)) {
+    const CudaContext context(call.checks.input());
+    backward_channels_ = backward_channels(context, in.dtype);
+    tiles = cuda_tiles(in.length);
+    const int64_t row_blocks =
+        in.batch * in.groups * cuda_blocks_in_group(in.group_channels, kCudaForwardChannels);
+    chunks_ = time_chunks(context, row_blocks, tiles);
+    chunk_tiles_ = (tiles + chunks_ - 1) / chunks_;
+    // Without empty chunks at the end.
+    if (chunk_tiles_ > 0) chunks_ = (tiles + chunk_tiles_ - 1) / chunk_tiles_;
+    group_partials = cuda_blocks_in_group(in.group_channels, backward_channels_);
+    channel_partials = in.batch * chunks_;
   }
-  for (Strided3Out* output : {&p.y, &p.du, &p.ddelta, &p.dz}) output->packs = false;
-}
 
-// For tests and the curious: how many chunks of time a call of these sizes is worked on in.
+  void forward(const SelectiveScanForward& p) const override {
+    const CudaContext context(call_.checks.input());
+    const Carries carries(*this, p);
+    if (chunks_ > 1) cuda_forward_carries(call_.checks.op(), p, carries.plan, context.stream());
+    cuda_forward(call_.checks.op(), p, carries.plan, context.stream());
+  }
+
+  void backward(const SelectiveScanBackward& p) const override {
+    const CudaContext context(call_.checks.input());
+    const Carries carries(*this, p);
+    if (chunks_ > 1) cuda_backward_carries(call_.checks.op(), p, carries.plan, context.stream());
+    cuda_backward(call_.checks.op(), p, carries.plan, backward_channels_, context.stream());
+  }
+
+ private:
+  // The kernels' plan, with the memory of the carries, which only lives as long as they run.
+  struct Carries {
+    Carries(const CudaPlan& own, const SelectiveScanInputs& p)
+        : plan{.boundaries = static_cast<const int64_t*>(data_of(own.boundaries_)),
+               .reverse = own.call_.reverse,
+               .tiles = own.tiles,
+               .chunks = own.chunks_,
+               .chunk_tiles = own.chunk_tiles_,
+               .carry = nullptr,
+               .carry_dt = nullptr} {
+      if (plan.chunks == 1 && p.d_state <= cuda_states_held(p.dtype)) return;
+      state = own.call_.new_accumulators({p.batch, plan.chunks, p.channels, p.d_state});
+      dt = own.call_.new_accumulators({p.batch, plan.chunks, p.channels});
+      plan.carry = state->mutable_data_ptr();
+      plan.carry_dt = dt->mutable_data_ptr();
+    }
+
+    OptionalTensor state, dt;
+    ScanCudaPlan plan;
+  };
+
+  const OpCall& call_;
+  OptionalTensor boundaries_;
+  int backward_channels_;
+  int64_t chunks_, chunk_tiles_;
+};
+
+// For tests and the curious: into how many chunks of time a call of these sizes is divided.
 int64_t selective_scan_chunks(Tensor u, int64_t groups) {
   if (groups < 1 || u.size(2) % groups != 0) {
     fail("selective_scan_chunks", "groups", "a divisor of d_inner=" + std::to_string(u.size(2)),
          groups);
   }
-  const CudaContext context(u);
-  SelectiveScanParams p{};
-  p.group_channels = u.size(2) / groups;
-  const int64_t blocks = u.size(0) * groups * cuda_blocks_in_group(p, kCudaForwardChannels);
-  return time_chunks(blocks, (u.size(1) + kCudaTile - 1) / kCudaTile, context.multiprocessors());
+  const int64_t blocks =
+      u.size(0) * groups * cuda_blocks_in_group(u.size(2) / groups, kCudaForwardChannels);
+  return time_chunks(CudaContext(u), blocks, cuda_tiles(u.size(1)));
 }
 
 }  // namespace
 
-void prepare(SelectiveScanCall& call) {
-  const CudaContext context(call.checks.input());
-  SelectiveScanParams& p = call.params;
-  p.boundaries = device_boundaries(context, call, p.length);
-  p.reverse = call.reverse;
-  p.tiles = (p.length + kCudaTile - 1) / kCudaTile;
-  const int64_t blocks = p.batch * p.groups * cuda_blocks_in_group(p, kCudaForwardChannels);
-  p.chunks = time_chunks(blocks, p.tiles, context.multiprocessors());
-  p.chunk_tiles = (p.tiles + p.chunks - 1) / p.chunks;
-  // Without empty chunks at the end.
-  if (p.chunk_tiles > 0) p.chunks = (p.tiles + p.chunk_tiles - 1) / p.chunk_tiles;
-  call.group_partials = cuda_blocks_in_group(p, backward_channels(context, p.dtype));
-  call.channel_partials = p.batch * p.chunks;
-}
-
-void run_forward(SelectiveScanCall& call) {
-  const CudaContext context(call.checks.input());
-  const char* op = call.checks.op();
-  allocate_carries(call);
-  keep_packs_in_groups(call.params);
-  if (call.params.chunks > 1) cuda_forward_carries(op, call.params, context.stream());
-  cuda_forward(op, call.params, context.stream());
-}
-
-void run_backward(SelectiveScanCall& call) {
-  const CudaContext context(call.checks.input());
-  const char* op = call.checks.op();
-  allocate_carries(call);
-  keep_packs_in_groups(call.params);
-  if (call.params.chunks > 1) cuda_backward_carries(op, call.params, context.stream());
-  cuda_backward(op, call.params, backward_channels(context, call.params.dtype), context.stream());
+std::unique_ptr<SelectiveScanPlan> make_plan(const OpCall& call,
+                                             const SelectiveScanInputs& inputs) {
+  return std::make_unique<CudaPlan>(call, inputs);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mambablock, MAMBABLOCK_DISPATCH_KEY, library) {

@@ -6,10 +6,8 @@
 
 namespace mambablock {
 
-using OptionalTensor = std::optional<Tensor>;
-
-// A device's part, in cpu.cpp and cuda.cpp: the rows of the state that are used, then the kernel.
-void run_update(SelectiveStateUpdateParams params, const Checks& checks,
+// A device's part, in cpu.cpp and cuda.cpp: the rows of the state that are used, and the kernel.
+void run_update(const Checks& checks, const SelectiveStateUpdateParams& p,
                 const OptionalTensor& state_indices);
 
 }  // namespace mambablock

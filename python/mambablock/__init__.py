@@ -2,18 +2,17 @@
 """The Mamba-1 selective state space block for PyTorch, with its own C++ and CUDA kernels."""
 
 from . import reference
+from ._build_info import build_info
 from .block import MambaBlock, MambaState
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
 from .selective_scan import selective_scan
 from .selective_state_update import selective_state_update
 
-# isort: split
-from . import _C as _C  # last, since where nothing is built the others say what to do
-
 __all__ = [
     "MambaBlock",
     "MambaState",
+    "build_info",
     "causal_conv1d",
     "causal_conv1d_update",
     "reference",

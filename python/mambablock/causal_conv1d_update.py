@@ -3,28 +3,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _library as library
 
 
-@library.register_fake("causal_conv1d_update")
-def _fake(
-    state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    state_indices: Tensor | None,
-) -> Tensor:
-    op = "causal_conv1d_update"
-    library.check_devices(
-        op, "x", x, state=state, weight=weight, bias=bias, state_indices=state_indices
-    )
-    if x.dim() != 2:
-        raise RuntimeError(f"{op}: x must be (batch, d_inner); got {tuple(x.shape)}")
-    return x.new_empty(x.shape)
+@library.register_fake("causal_conv1d_update", "x")
+def _fake(a: Any) -> Tensor:
+    library.check_shape("causal_conv1d_update", "x", a.x, batch=None, d_inner=None)
+    y: Tensor = a.x.new_empty(a.x.shape)
+    return y
+
+
+_prepare = library.prepared("causal_conv1d_update", activations=("x",))
 
 
 def causal_conv1d_update(
@@ -52,10 +46,10 @@ def causal_conv1d_update(
         y of x's shape and type.
 
     Raises:
+        TypeError: an argument that is no Tensor; the text names it.
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    (x,) = library.autocast(x)
     y: Tensor = torch.ops.mambablock.causal_conv1d_update(
-        state, x, weight, bias, silu, state_indices
+        *_prepare(state, x, weight, bias, silu, state_indices)
     )
     return y

@@ -28,9 +28,9 @@ def causal_conv1d(
     weight: Tensor,
     *,
     bias: Tensor | None = None,
-    silu: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    silu: bool = False,
     reverse: bool = False,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -72,9 +72,9 @@ def selective_scan(
     D: Tensor | None = None,
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    delta_softplus: bool = False,
     reverse: bool = False,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:

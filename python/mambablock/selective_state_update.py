@@ -3,45 +3,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _library as library
 
 
-@library.register_fake("selective_state_update")
-def _fake(
-    state: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    state_indices: Tensor | None,
-) -> Tensor:
-    op = "selective_state_update"
-    library.check_devices(
-        op,
-        "u",
-        u,
-        state=state,
-        delta=delta,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        z=z,
-        delta_bias=delta_bias,
-        state_indices=state_indices,
-    )
-    if u.dim() != 2:
-        raise RuntimeError(f"{op}: u must be (batch, d_inner); got {tuple(u.shape)}")
-    library.check_shape(op, "delta", delta, batch=u.shape[0], d_inner=u.shape[1])
-    return u.new_empty(u.shape)
+@library.register_fake("selective_state_update", "u")
+def _fake(a: Any) -> Tensor:
+    library.check_shape("selective_state_update", "u", a.u, batch=None, d_inner=None)
+    batch, d_inner = a.u.shape
+    library.check_shape("selective_state_update", "delta", a.delta, batch=batch, d_inner=d_inner)
+    y: Tensor = a.u.new_empty(a.u.shape)
+    return y
+
+
+_prepare = library.prepared("selective_state_update", activations=("u", "delta", "B", "C", "z"))
 
 
 def selective_state_update(
@@ -76,10 +55,9 @@ def selective_state_update(
         y of u's shape and type.
 
     Raises:
+        TypeError: an argument that is no Tensor; the text names it.
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    u, delta, B, C, z = library.autocast(u, delta, B, C, z)
-    y: Tensor = torch.ops.mambablock.selective_state_update(
-        state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices
-    )
+    arguments = _prepare(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices)
+    y: Tensor = torch.ops.mambablock.selective_state_update(*arguments)
     return y

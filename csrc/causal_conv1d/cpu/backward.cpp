@@ -5,8 +5,11 @@ namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
 namespace {
 
-// The kernel's own memory: rows of x and dy, dpre, the gradient before the SiLU, with W-1 rows
-// around the segment's, and the sums of dweight, with those of dbias in row W.
+template <class T>
+using Item = ConvItem<T, CausalConv1dBackward>;
+
+// Scratch memory: rows of x and dy, dpre, the gradient before the SiLU, with W-1 rows around the
+// segment's, and the sums of dweight, with those of dbias in row W.
 template <class A>
 struct BackwardTiles {
   A *x, *dy, *dpre, *sums;
@@ -15,13 +18,13 @@ struct BackwardTiles {
 // dpre of steps [begin, end). Where these are the segment's own, also what they add to
 // dweight_w = sum_t dpre_t x_{t-W+1+w} and dbias = sum_t dpre_t.
 template <bool Own, class T, class Width>
-void output_gradient(const ConvItem<T>& item, Width width, Rows<Accumulator<T>> x,
+void output_gradient(const Item<T>& item, Width width, Rows<Accumulator<T>> x,
                      Rows<Accumulator<T>> dy, int64_t begin, int64_t end, Accumulator<T>* dpre,
                      Accumulator<T>* sums) {
   using A = Accumulator<T>;
-  using V = typename ConvItem<T>::V;
-  constexpr int64_t stride = ConvItem<T>::stride;
-  const CausalConv1dParams& p = item.p;
+  using V = Vector<A>;
+  constexpr int64_t stride = Item<T>::stride;
+  const CausalConv1dBackward& p = item.p;
   const Rows<A> weight = item.weight;
   const auto x_ahead = item.ahead(p.x), dy_ahead = item.ahead(p.dy);
   const A* bias = item.bias;
@@ -59,10 +62,10 @@ void output_gradient(const ConvItem<T>& item, Width width, Rows<Accumulator<T>> 
 // dx_t = sum_w weight_w dpre_{t+W-1-w}, and where the sequence begins the gradient of the W-1
 // inputs before it.
 template <class T, class Width>
-void input_gradient(const ConvItem<T>& item, Width width, const Accumulator<T>* dpre) {
+void input_gradient(const Item<T>& item, Width width, const Accumulator<T>* dpre) {
   using A = Accumulator<T>;
-  using V = typename ConvItem<T>::V;
-  const CausalConv1dParams& p = item.p;
+  using V = Vector<A>;
+  const CausalConv1dBackward& p = item.p;
   const Segment& segment = item.segment;
   const int64_t around = width - 1;
   const Rows<A> weight{item.weight.row(around), -item.weight.stride}, rows{dpre, item.stride};
@@ -93,11 +96,11 @@ void input_gradient(const ConvItem<T>& item, Width width, const Accumulator<T>* 
 
 // Rows of x and dy reach W-1 steps past the segment's end, for dx.
 template <class T, class Width>
-void backward_segment(const ConvItem<T>& item, Width width,
+void backward_segment(const Item<T>& item, Width width,
                       const BackwardTiles<Accumulator<T>>& tiles) {
   using A = Accumulator<T>;
-  constexpr int64_t stride = ConvItem<T>::stride;
-  const CausalConv1dParams& p = item.p;
+  constexpr int64_t stride = Item<T>::stride;
+  const CausalConv1dBackward& p = item.p;
   const Segment& segment = item.segment;
   const int64_t around = width - 1, rest = segment.sequence_end - segment.end;
   const int64_t after = rest < around ? rest : around, rows = item.steps + after;
@@ -116,10 +119,10 @@ void backward_segment(const ConvItem<T>& item, Width width,
 }
 
 template <class T>
-void backward_item(ConvItem<T> item, const BackwardTiles<Accumulator<T>>& tiles) {
+void backward_item(Item<T> item, const BackwardTiles<Accumulator<T>>& tiles) {
   using A = Accumulator<T>;
-  constexpr int64_t stride = ConvItem<T>::stride;
-  const CausalConv1dParams& p = item.p;
+  constexpr int64_t stride = Item<T>::stride;
+  const CausalConv1dBackward& p = item.p;
   for (int64_t i = 0; i < item.parameters_size(p); ++i) tiles.sums[i] = 0;
   for (int64_t i = 0; item.next_segment(i); ++i) {
     // A width known beforehand saves the loops over taps.
@@ -142,8 +145,9 @@ void backward_item(ConvItem<T> item, const BackwardTiles<Accumulator<T>>& tiles)
 
 }  // namespace
 
-void causal_conv1d_backward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
-  for_each_conv_item(p, begin, end, 3, [](auto item, auto& scratch) {
+void causal_conv1d_backward(const CausalConv1dBackward& p, RowSegments segments, int64_t begin,
+                            int64_t end) {
+  for_each_conv_item(p, segments, begin, end, 3, [](auto item, auto& scratch) {
     const int64_t tile = item.tile_size(item.p), sums = item.parameters_size(item.p);
     const BackwardTiles<typename decltype(item)::A> tiles{scratch.take(tile), scratch.take(tile),
                                                           scratch.take(tile), scratch.take(sums)};

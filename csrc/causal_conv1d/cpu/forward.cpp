@@ -6,10 +6,10 @@ namespace MAMBABLOCK_SIMD_LEVEL {
 namespace {
 
 template <class T>
-void forward_segment(const ConvItem<T>& item, Accumulator<T>* tile) {
+void forward_segment(const ConvItem<T, CausalConv1dForward>& item, Accumulator<T>* tile) {
   using A = Accumulator<T>;
-  using V = typename ConvItem<T>::V;
-  const CausalConv1dParams& p = item.p;
+  using V = Vector<A>;
+  const CausalConv1dForward& p = item.p;
   const Segment& segment = item.segment;
   const int64_t before = p.width - 1;
   const Rows<A> x = item.inputs(segment.begin - before, segment.end, tile), weight = item.weight;
@@ -38,8 +38,9 @@ void forward_segment(const ConvItem<T>& item, Accumulator<T>* tile) {
 
 }  // namespace
 
-void causal_conv1d_forward(const CausalConv1dParams& p, int64_t begin, int64_t end) {
-  for_each_conv_item(p, begin, end, 1, [](auto item, auto& scratch) {
+void causal_conv1d_forward(const CausalConv1dForward& p, RowSegments segments, int64_t begin,
+                           int64_t end) {
+  for_each_conv_item(p, segments, begin, end, 1, [](auto item, auto& scratch) {
     auto* tile = scratch.take(item.tile_size(item.p));
     for (int64_t i = 0; item.next_segment(i); ++i) forward_segment(item, tile);
   });

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A work item is a chunk of segments of time of a block of channels of one row of the batch. The
-// inputs of each segment and the W-1 steps around them are read in place, or where they need
-// converting first brought into rows of the accumulator's type; lanes are channels.
+// A work item is a block of channels in a chunk of segments of time of one row of the batch. The
+// inputs of each segment and the W-1 steps around them are read in place, or first converted into
+// rows of the accumulator's type; lanes are channels.
 #pragma once
 
+#include "causal_conv1d/cpu/kernels.h"
 #include "common/cpu/tiles.h"
-#include "causal_conv1d/params.h"
 
 namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
@@ -20,7 +20,7 @@ struct Rows {
   Rows at(int64_t index, int64_t c) const { return {row(index) + c, stride}; }
 };
 
-// Rows that will be needed soon, to ask for their memory.
+// Rows that are needed soon.
 template <class T, Access Use>
 struct Ahead {
   const T* first = nullptr;
@@ -38,7 +38,7 @@ template <class T>
 struct OutputRows {
   T* first;
   int64_t stride;
-  bool streamed;
+  bool non_temporal;
   Ahead<T, Access::kWrite> ahead;
 
   // `count` lanes, which only a single step may have fewer of than a vector.
@@ -49,8 +49,8 @@ struct OutputRows {
     if constexpr (Steps == 1) {
       if (count < VectorTraits<V>::lanes) return store_converted(target, 1, v[0], count);
     }
-    if (streamed) {
-      for (int i = 0; i < Steps; ++i) stream_whole(target + i * stride, v[i]);
+    if (non_temporal) {
+      for (int i = 0; i < Steps; ++i) store_non_temporal(target + i * stride, v[i]);
     } else {
       for (int i = 0; i < Steps; ++i) store_whole(target + i * stride, v[i]);
       ahead.template prefetch<Steps>(step, c);
@@ -58,7 +58,7 @@ struct OutputRows {
   }
 };
 
-template <class T>
+template <class T, class Params>
 class ConvItem {
  public:
   using A = Accumulator<T>;
@@ -69,22 +69,21 @@ class ConvItem {
   static constexpr TileStrides strides{lanes, stride};
 
   // A segment and the W-1 steps before and after it.
-  static int64_t tile_size(const CausalConv1dParams& p) {
-    return stride * (kConvTimeTile + 2 * (p.width - 1));
-  }
+  static int64_t tile_size(const Params& p) { return stride * (kConvTimeTile + 2 * (p.width - 1)); }
   // weight and bias, or their sums.
-  static int64_t parameters_size(const CausalConv1dParams& p) { return stride * (p.width + 1); }
-  static int64_t scratch_size(const CausalConv1dParams& p, int64_t tiles) {
+  static int64_t parameters_size(const Params& p) { return stride * (p.width + 1); }
+  static int64_t scratch_size(const Params& p, int64_t tiles) {
     return tiles * tile_size(p) + 2 * parameters_size(p);
   }
 
-  ConvItem(const CausalConv1dParams& p, int64_t index, Scratch<A>& scratch)
+  ConvItem(const Params& p, RowSegments segments, int64_t index, Scratch<A>& scratch)
       : p(p),
-        chunk(index / causal_conv1d_blocks(p)),
-        batch(chunk / causal_conv1d_chunks(p)),
-        channel(index % causal_conv1d_blocks(p) * kConvChannelBlock),
+        chunk(index / conv_blocks(p)),
+        batch(chunk / conv_chunks(segments)),
+        channel(index % conv_blocks(p) * kConvChannelBlock),
         channels(block_channels(channel)),
-        segments(p.segments + chunk % causal_conv1d_chunks(p) * kConvSegmentChunk) {
+        first_segment(chunk % conv_chunks(segments) * kConvSegmentChunk),
+        segments(segments) {
     A* taps = scratch.take(p.width * stride);
     bias = scratch.take(stride);
     for (int64_t tap = 0; tap < p.width; ++tap) {
@@ -98,15 +97,16 @@ class ConvItem {
   // Goes to the chunk's segment `index`; false where there is none.
   bool next_segment(int64_t index) {
     if (!has_segment(index)) return false;
-    segment = segments[index];
+    const Segment* const chunk_segments = segments.data + first_segment;
+    segment = chunk_segments[index];
     steps = segment.end - segment.begin;
-    next_begin = segments[has_segment(index + 1) ? index + 1 : 0].begin;
+    next_begin = chunk_segments[has_segment(index + 1) ? index + 1 : 0].begin;
     return true;
   }
 
-  // Rows [begin, end) of the whole row: in the tensor itself where nothing is to be converted, else
-  // brought into the tile.
-  Rows<A> rows_of(const Strided3& input, int64_t begin, int64_t end, A* tile) const {
+  // Steps [begin, end) of the row: in the tensor itself where nothing is to be converted, else
+  // loaded into the tile.
+  Rows<A> rows_of(const InputView& input, int64_t begin, int64_t end, A* tile) const {
     if constexpr (std::is_same_v<T, A>) {
       if (input.channel == 1 && channels % lanes == 0) {
         const A* row = static_cast<const A*>(input.data) + batch * input.batch;
@@ -150,34 +150,36 @@ class ConvItem {
   }
 
   // The segment's rows of an output.
-  OutputRows<T> output(const Strided3Out& output) const {
+  OutputRows<T> output(const OutputView& output) const {
     T* first = static_cast<T*>(output.data) + batch * output.batch + segment.begin * output.time;
-    return {first + channel, output.time, streamed, rows_ahead<Access::kWrite>(first, output.time)};
+    return {first + channel, output.time, non_temporal,
+            rows_ahead<Access::kWrite>(first, output.time)};
   }
 
-  // What comes next of an input in the place of this segment; where a channel's steps lie side by
-  // side, its tile's loads ask for them.
-  Ahead<T, Access::kRead> ahead(const Strided3& input) const {
+  // The rows of an input that follow this segment's; where a channel's steps are contiguous, the
+  // loads of its tile prefetch them.
+  Ahead<T, Access::kRead> ahead(const InputView& input) const {
     if (input.channel != 1) return {};
     return rows_ahead<Access::kRead>(
         static_cast<const T*>(input.data) + batch * input.batch + segment.begin * input.time,
         input.time);
   }
 
-  const CausalConv1dParams& p;
-  const bool streamed = kCanStream<T> &&
-                        p.batch * p.length * p.channels > kCacheBytes / int64_t(sizeof(T));
+  const Params& p;
+  const bool non_temporal = kHasNonTemporal<T> &&
+                            p.batch * p.length * p.channels > kCacheBytes / int64_t(sizeof(T));
   int64_t chunk;  // counted through the whole batch
   int64_t batch, channel, channels;
-  const Segment* segments;  // the chunk's
+  int64_t first_segment;  // of the chunk
+  RowSegments segments;
   Segment segment{};
   int64_t steps = 0;
   Rows<A> weight;
   A* bias;
 
  private:
-  // Those before the segment apart, so that the segment's first step is that of a square, too.
-  void load_steps(const Strided3& input, int64_t begin, int64_t end, A* tile) const {
+  // Those before the segment apart, so that the segment's first step begins a square.
+  void load_steps(const InputView& input, int64_t begin, int64_t end, A* tile) const {
     // The chunk's next segment, and after the last the next block's first.
     int64_t ahead = (next_begin - segment.begin) * input.time;
     if (next_begin <= segment.begin) {
@@ -192,7 +194,7 @@ class ConvItem {
   }
 
   bool has_segment(int64_t index) const {
-    return index < kConvSegmentChunk && segments + index < p.segments + p.segment_count;
+    return index < kConvSegmentChunk && first_segment + index < segments.count;
   }
 
   bool in_last_block() const { return channel + kConvChannelBlock >= p.channels; }
@@ -202,7 +204,7 @@ class ConvItem {
     return rest < kConvChannelBlock ? rest : kConvChannelBlock;
   }
 
-  // What comes next in the place of this segment, given its first row; nothing at the row's end.
+  // The rows processed after this segment's, given its first one; none at the row's end.
   template <Access Use>
   Ahead<T, Use> rows_ahead(const T* row, int64_t time) const {
     if (!in_last_block()) return {row + channel + kConvChannelBlock, time};
@@ -216,17 +218,17 @@ class ConvItem {
 
 // Calls work(item, scratch) for the work items [begin, end), whose scratch has room for `tiles`
 // tiles.
-template <class Work>
-void for_each_conv_item(const CausalConv1dParams& p, int64_t begin, int64_t end, int64_t tiles,
-                        Work work) {
+template <class Params, class Work>
+void for_each_conv_item(const Params& p, RowSegments segments, int64_t begin, int64_t end,
+                        int64_t tiles, Work work) {
   dispatch_dtype(p.dtype, [&](auto type) {
-    using Item = ConvItem<decltype(type)>;
+    using Item = ConvItem<decltype(type), Params>;
     Scratch<typename Item::A> scratch(Item::scratch_size(p, tiles));
     for (int64_t index = begin; index < end; ++index) {
-      work(Item(p, index, scratch), scratch);
-      scratch.take_all_back();
+      work(Item(p, segments, index, scratch), scratch);
+      scratch.reset();
     }
-    finish_streaming();
+    fence_non_temporal();
   });
 }
 

@@ -9,17 +9,16 @@ template <class T, int kWidth>
 struct Backward {
   using A = Accumulator<T>;
 
-  __device__ explicit Backward(const CausalConv1dParams& p)
+  __device__ Backward(const CausalConv1dBackward& p, const ConvCudaPlan& plan)
       : p(p),
-        channels(p),
+        channels(p, plan),
         x(p.x, channels.batch, channels.channel, channels.count),
         dy(p.dy, channels.batch, channels.channel, channels.count),
         dx(p.dx, channels.batch, channels.channel, channels.count),
         bias(channels.load_row(p.bias, 0)) {}
 
   // The gradient before the SiLU, given the sum that the SiLU had.
-  __device__ __forceinline__ Values<A> before_silu(const ChannelPack<T>& dy,
-                                                   const Values<A>& sum) const {
+  __device__ __forceinline__ Values<A> before_silu(const Pack<T>& dy, const Values<A>& sum) const {
     Values<A> gradient = channels.widened(dy);
     if (p.silu) {
 #pragma unroll
@@ -49,10 +48,10 @@ struct Backward {
     }
   }
 
-  const CausalConv1dParams& p;
+  const CausalConv1dBackward& p;
   Channels<T, kWidth> channels;
-  PackInput<T> x, dy;
-  PackOutput<T> dx;
+  ChannelsInput<T> x, dy;
+  ChannelsOutput<T> dx;
   Values<A> bias;
 };
 
@@ -66,10 +65,10 @@ __device__ void segment(const Backward<T, kWidth>& backward, int64_t s, int64_t 
   using A = Accumulator<T>;
   const auto& channels = backward.channels;
   const int64_t begin = channels.sequences.begin(s), end = channels.sequences.begin(s + 1);
-  constexpr int unrolled = kUnrolledSteps<(kXAlongTime || kDyAlongTime)>;
+  [[maybe_unused]] constexpr int unrolled = kUnrolledSteps<(kXAlongTime || kDyAlongTime)>;
   Window<A, kWidth> inputs{}, gradients{};
-  PacksInOrder<T, kXAlongTime> x(backward.x, first);
-  PacksInOrder<T, kDyAlongTime> dy(backward.dy, first);
+  StepsInOrder<T, kXAlongTime> x(backward.x, first);
+  StepsInOrder<T, kDyAlongTime> dy(backward.dy, first);
 #pragma unroll
   for (int i = 1; i < kWidth; ++i) {
     inputs.packs[i] = channels.input_at(backward.x, s, first - kWidth + i);
@@ -110,7 +109,7 @@ __device__ void segment_of_any_width(const Backward<T, 0>& backward, int64_t s, 
                                      int64_t last, bool add) {
   using A = Accumulator<T>;
   const auto& channels = backward.channels;
-  const CausalConv1dParams& p = backward.p;
+  const CausalConv1dBackward& p = backward.p;
   const int64_t begin = channels.sequences.begin(s), end = channels.sequences.begin(s + 1);
   const int64_t width = p.width;
   const auto gradient_at = [&](int64_t time) {
@@ -149,9 +148,9 @@ __device__ void segment_of_any_width(const Backward<T, 0>& backward, int64_t s, 
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
-    backward_kernel(const CausalConv1dParams p) {
+    backward_kernel(const CausalConv1dBackward p, const ConvCudaPlan plan) {
   using A = Accumulator<T>;
-  const Backward<T, kWidth> backward(p);
+  const Backward<T, kWidth> backward(p, plan);
   const auto& channels = backward.channels;
   if (!channels.exists) return;
   const Sequences& sequences = channels.sequences;
@@ -205,12 +204,13 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
 
 }  // namespace
 
-void cuda_backward(const char* op, const CausalConv1dParams& p, cudaStream_t stream) {
+void cuda_backward(const char* op, const CausalConv1dBackward& p, const ConvCudaPlan& plan,
+                   cudaStream_t stream) {
   const int64_t blocks = (conv_threads(p) + kConvThreads - 1) / kConvThreads;
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     launch(op, p.width == 4 ? backward_kernel<T, 4> : backward_kernel<T, 0>, blocks, kConvThreads,
-           0, stream, p);
+           0, stream, p, plan);
   });
 }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A thread takes a pack of channels of one row of the batch through a chunk of time; neighbouring
-// threads take neighbouring packs. Where d_conv is known when compiling (kWidth > 0) the inputs
-// that the taps look back to stay in registers; else they are read anew for each step.
+// threads take neighbouring packs. Where d_conv is known when compiling (kWidth > 0) the last
+// d_conv inputs stay in registers; else they are loaded again for each step.
 #pragma once
 
+#include "causal_conv1d/cuda/kernels.h"
 #include "common/cuda/packs.cuh"
 #include "common/cuda/sequences.cuh"
-#include "causal_conv1d/cuda/kernels.h"
 
 namespace mambablock {
 
@@ -26,8 +26,8 @@ template <class T, int kWidth>
 struct Channels {
   using A = Accumulator<T>;
 
-  __device__ explicit Channels(const CausalConv1dParams& p)
-      : p(p), sequences{p.boundaries, p.sequences, p.length, p.reverse} {
+  __device__ Channels(const CausalConv1dInputs& p, const ConvCudaPlan& plan)
+      : p(p), sequences{plan.boundaries, p.sequences, p.length, plan.reverse} {
     const int64_t packs = (p.channels + kPack - 1) / kPack;
     const int64_t chunks = cuda_conv_chunks(p);
     int64_t index = int64_t(blockIdx.x) * kConvThreads + threadIdx.x;
@@ -68,19 +68,19 @@ struct Channels {
   }
 
   // The input of sequence s at a time from W-1 steps before it on.
-  __device__ Values<A> input_at(const PackInput<T>& x, int64_t s, int64_t time) const {
+  __device__ Values<A> input_at(const ChannelsInput<T>& x, int64_t s, int64_t time) const {
     const int64_t before = sequences.begin(s) - time;
     if (before > 0) return load_row(p.initial_state, state_row(s, width() - 1 - before));
     return widened(x.load(time));
   }
 
-  __device__ static Values<A> widened(const ChannelPack<T>& pack) {
+  __device__ static Values<A> widened(const Pack<T>& pack) {
     Values<A> values;
     widen(pack, values.at);
     return values;
   }
 
-  const CausalConv1dParams& p;
+  const CausalConv1dInputs& p;
   Sequences sequences;
   int64_t channel, batch, begin, end;
   int64_t partial;  // the chunk, counted through the whole batch
@@ -111,8 +111,8 @@ struct Channels {
 
 // Whether packs of steps are read; float64 would take too many registers.
 template <class T, int kWidth>
-__device__ __forceinline__ bool goes_along_time(const Strided3& input) {
-  return kWidth > 0 && sizeof(T) < 8 && input.packs == Packs::kSteps;
+__device__ __forceinline__ bool goes_along_time(const InputView& input) {
+  return kWidth > 0 && sizeof(T) < 8 && input.packs == PackDimension::kSteps;
 }
 
 // Several, so that their loads are on their way together; packs of steps are that already.
@@ -139,7 +139,7 @@ struct Window {
   Values<A> packs[kSize];
 };
 
-inline int64_t conv_threads(const CausalConv1dParams& p) {
+inline int64_t conv_threads(const CausalConv1dInputs& p) {
   return p.batch * cuda_conv_chunks(p) * ((p.channels + kPack - 1) / kPack);
 }
 

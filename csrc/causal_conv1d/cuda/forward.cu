@@ -6,12 +6,12 @@ namespace {
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
-    forward_kernel(const CausalConv1dParams p) {
+    forward_kernel(const CausalConv1dForward p, const ConvCudaPlan plan) {
   using A = Accumulator<T>;
-  const Channels<T, kWidth> channels(p);
+  const Channels<T, kWidth> channels(p, plan);
   if (!channels.exists) return;
-  const PackInput<T> x(p.x, channels.batch, channels.channel, channels.count);
-  const PackOutput<T> y(p.y, channels.batch, channels.channel, channels.count);
+  const ChannelsInput<T> x(p.x, channels.batch, channels.channel, channels.count);
+  const ChannelsOutput<T> y(p.y, channels.batch, channels.channel, channels.count);
   const int64_t width = channels.width();
   const Values<A> bias = channels.load_row(p.bias, 0);
   constexpr int kept = kWidth > 0 ? kWidth : 1;
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
     if (channels.begin < channels.end) look_back(cursor.sequence, channels.begin);
   }
   with_flag(goes_along_time<T, kWidth>(p.x), [&](auto along_time) {
-    constexpr int unrolled = kUnrolledSteps<decltype(along_time)::value>;
-    PacksInOrder<T, along_time.value> inputs(x, channels.begin);
+    [[maybe_unused]] constexpr int unrolled = kUnrolledSteps<decltype(along_time)::value>;
+    StepsInOrder<T, along_time.value> inputs(x, channels.begin);
     for (int64_t time = channels.begin; time < channels.end;) {
       const int64_t stop = cursor.end < channels.end ? cursor.end : channels.end;
 #pragma unroll unrolled
@@ -84,12 +84,13 @@ __global__ void __launch_bounds__(kConvThreads, kConvBlocks<T>)
 
 }  // namespace
 
-void cuda_forward(const char* op, const CausalConv1dParams& p, cudaStream_t stream) {
+void cuda_forward(const char* op, const CausalConv1dForward& p, const ConvCudaPlan& plan,
+                  cudaStream_t stream) {
   const int64_t blocks = (conv_threads(p) + kConvThreads - 1) / kConvThreads;
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     launch(op, p.width == 4 ? forward_kernel<T, 4> : forward_kernel<T, 0>, blocks, kConvThreads, 0,
-           stream, p);
+           stream, p, plan);
   });
 }
 

@@ -7,6 +7,9 @@
 
 namespace mambablock {
 
-void cuda_update(const char* op, const CausalConv1dUpdateParams& p, cudaStream_t stream);
+// state_rows (B) has each row's row of the state, a negative one or one past the end for padding;
+// where it is null, each has its own.
+void cuda_update(const char* op, const CausalConv1dUpdateParams& p, const int64_t* state_rows,
+                 cudaStream_t stream);
 
 }  // namespace mambablock

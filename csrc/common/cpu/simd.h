@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// SIMD vectors of the level that a kernel file is compiled for, and a kernel's own memory.
+// SIMD vectors of the level that a kernel file is compiled for, and scratch memory.
 #pragma once
 
 #include <stdint.h>
@@ -32,8 +32,8 @@ using Vector = typename VectorOf<A>::type;
 template <class A>
 inline constexpr int kLanes = kVectorBytes / sizeof(A);
 
-// Goes through rows of (batch, channel) [begin, end) with work(batch, channel, count), by `count`
-// channels of one batch, at most a vector of them.
+// Calls work(batch, channel, count) for the (batch, channel) pairs [begin, end), `count` channels
+// of one row of the batch at a time, at most a vector of them.
 template <class A, class Work>
 [[gnu::always_inline]] inline void for_each_vector(int64_t begin, int64_t end, int64_t channels,
                                                    Work work) {
@@ -110,33 +110,32 @@ template <class T, class V>
   }
 }
 
-// More bytes of output than this are gone from the caches before anyone reads them.
+// Larger outputs are evicted from the caches before anyone reads them.
 inline constexpr int64_t kCacheBytes = 64 << 20;
 
-// Whether outputs can be written in whole cache lines past the caches, which saves reading them
-// first.
+// Whether a vector fills a cache line, which a non-temporal store then writes without reading it.
 template <class T>
-inline constexpr bool kCanStream = kVectorBytes == 64 && std::is_same_v<T, Accumulator<T>>;
+inline constexpr bool kHasNonTemporal = kVectorBytes == 64 && std::is_same_v<T, Accumulator<T>>;
 
-// As store_whole, past the caches; finish_streaming comes before another thread reads it.
+// As store_whole, non-temporal where it can be; fence_non_temporal must follow before another
+// thread reads it.
 template <class T, class V>
-[[gnu::always_inline]] inline void stream_whole(T* target, V v) {
+[[gnu::always_inline]] inline void store_non_temporal(T* target, V v) {
 #if defined(__AVX512F__)
-  if (kCanStream<T> && reinterpret_cast<uintptr_t>(target) % sizeof v == 0) {
+  if (kHasNonTemporal<T> && reinterpret_cast<uintptr_t>(target) % sizeof v == 0) {
     return _mm512_stream_si512(reinterpret_cast<__m512i*>(target), __m512i(v));
   }
 #endif
   store_whole(target, v);
 }
 
-inline void finish_streaming() {
+inline void fence_non_temporal() {
 #if defined(__AVX512F__)
   _mm_sfence();
 #endif
 }
 
-// A kernel's own memory: `count` elements, handed out in at most 16 pieces that begin on cache
-// lines.
+// Scratch memory of `count` elements, taken in at most 16 pieces that begin on cache lines.
 template <class A>
 class Scratch {
  public:
@@ -155,7 +154,7 @@ class Scratch {
     used_ += (count + kLine - 1) / kLine * kLine;
     return taken;
   }
-  void take_all_back() { used_ = 0; }
+  void reset() { used_ = 0; }
 
  private:
   static constexpr int64_t kMostPieces = 16;

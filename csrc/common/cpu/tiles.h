@@ -15,15 +15,15 @@
 namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
 
-// Where the steps of a block of channels lie in a kernel's own memory: lane l of column c at a step
-// is element c * column + step * step + l. Lanes past the last channel are kept 0.
+// The layout of a tile in scratch memory: lane l of column c at step t is element
+// c * column + t * step + l. Lanes past the last channel are 0.
 struct TileStrides {
   int64_t column, step;
 };
 
-// Asks for a row's memory ahead of its use, to be read into the second-level cache, since the first
-// is too small for it to last there, or to be written. Whatever only prefetches must be inlined:
-// GCC takes a function without other effects for one without any.
+// Prefetches a row, to be read into the second-level cache, since the first is too small to keep
+// it, or to be written. Whatever only prefetches must be inlined: GCC drops calls of a function
+// that has no other effect.
 enum class Access { kRead, kWrite };
 template <class T, Access Use>
 [[gnu::always_inline]] inline void prefetch_row(const void* data, int64_t offset,
@@ -38,7 +38,7 @@ template <class T, Access Use>
   }
 }
 
-// Asks for one of `parts` parts of `count` stretches of `length` elements, `stride` apart.
+// Prefetches one of `parts` parts of `count` rows of `length` elements, `stride` apart.
 template <class T>
 [[gnu::always_inline]] inline void prefetch_part(const T* first, int64_t stride, int64_t count,
                                                  int64_t length, int64_t part, int64_t parts) {
@@ -47,7 +47,7 @@ template <class T>
   }
 }
 
-// One step: `channels` elements, `stride` apart, to or from columns.
+// One step's `channels` elements, `stride` apart, into columns.
 template <class T>
 inline void load_row(const T* source, int64_t stride, int64_t channels, Accumulator<T>* target,
                      int64_t column) {
@@ -102,8 +102,8 @@ template <class V, int Half = 1>
   }
 }
 
-// As many steps as lanes of as many channels, each channel's steps side by side in time's
-// direction, 1 or -1, transposed. Asks for what lies `ahead` elements further, unless that is 0.
+// Transposes a square: as many steps as lanes of as many channels, whose steps are contiguous in
+// time's direction, 1 or -1. Prefetches what is `ahead` elements further, unless that is 0.
 template <class T>
 [[gnu::always_inline]] inline void load_square(const T* source, int64_t channel_stride,
                                                int64_t direction, int64_t ahead,
@@ -123,9 +123,9 @@ template <class T>
   for (int i = 0; i < lanes; ++i) store_vector(target + i * direction * step_stride, rows[i]);
 }
 
-// Steps nearer to each other than channels: whole squares are read along time and transposed.
+// Of channels whose steps are nearer to each other than the channels: in squares, transposed.
 template <class T>
-inline void load_channels(const T* source, const Strided3& input, int64_t steps, int64_t channels,
+inline void load_channels(const T* source, const InputView& input, int64_t steps, int64_t channels,
                           Accumulator<T>* tile, TileStrides strides, int64_t ahead) {
   using A = Accumulator<T>;
   constexpr int lanes = kLanes<A>;
@@ -153,9 +153,9 @@ inline void load_channels(const T* source, const Strided3& input, int64_t steps,
 }
 
 // Steps [begin, begin + steps) of channels [channel, channel + channels) of one row of the batch.
-// Where a channel's steps lie side by side, asks for what lies `ahead` elements further.
+// Where a channel's steps are contiguous, prefetches what is `ahead` elements further.
 template <class T>
-inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64_t steps,
+inline void load_tile(const InputView& input, int64_t batch, int64_t begin, int64_t steps,
                       int64_t channel, int64_t channels, Accumulator<T>* tile, TileStrides strides,
                       int64_t ahead = 0) {
   const T* source = static_cast<const T*>(input.data) + batch * input.batch + begin * input.time +
@@ -170,7 +170,7 @@ inline void load_tile(const Strided3& input, int64_t batch, int64_t begin, int64
 }
 
 template <class T>
-inline void store_tile(const Strided3Out& output, int64_t batch, int64_t begin, int64_t steps,
+inline void store_tile(const OutputView& output, int64_t batch, int64_t begin, int64_t steps,
                        int64_t channel, int64_t channels, const Accumulator<T>* tile,
                        TileStrides strides) {
   T* target = static_cast<T*>(output.data) + batch * output.batch + begin * output.time + channel;

@@ -2,7 +2,7 @@
 #include <cub/block/block_scan.cuh>
 
 #include "common/cuda/boundaries.h"
-#include "common/cuda/device.cuh"
+#include "common/cuda/vectors.cuh"
 
 namespace mambablock {
 namespace {

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A thread's neighbouring channels of (B, L, D) tensors, moved at once where memory allows it.
+// A thread's pack of channels of (B, L, D) tensors, which one access moves where memory is aligned.
 #pragma once
 
 #include <type_traits>
 
-#include "common/cuda/device.cuh"
+#include "common/cuda/vectors.cuh"
+#include "common/views.h"
 
 namespace mambablock {
 
-// Neighbouring channels, in the widest words that memory moves: compilers keep these in registers
+// A pack of channels, in the widest words that an access moves: compilers keep these in registers
 // as they are, which they do not with 16-bit values.
 template <class T>
-struct ChannelPack {
+struct Pack {
   using Word = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
   static constexpr int words = kPack * sizeof(T) / sizeof(Word);
 
-  __device__ __forceinline__ static ChannelPack load(const T* source) {
-    ChannelPack pack;
+  __device__ __forceinline__ static Pack load(const T* source) {
+    Pack pack;
 #pragma unroll
     for (int i = 0; i < words; ++i) pack.word[i] = reinterpret_cast<const Word*>(source)[i];
     return pack;
@@ -31,35 +32,29 @@ struct ChannelPack {
   Word word[words];
 };
 
-// A pack whose values are known one by one.
-template <class T>
-struct PackValues {
-  T values[kPack];
-};
-
-// Steps of channels whose steps lie side by side, which are `stride` apart, turned over: pack k is
-// that of step k. Channels past `count` become 0.
+// kSteps packs of channels whose steps are contiguous, and which are `stride` apart: transposed, so
+// that pack k is that of step k. Channels past `count` become 0.
 template <class T, int kSteps>
 __device__ __forceinline__ void load_along_time(const T* source, int64_t stride, int count,
-                                                ChannelPack<T> (&packs)[kSteps]) {
-  PackValues<T> turned[kSteps]{};
+                                                Pack<T> (&packs)[kSteps]) {
+  AlignedVector<T, kPack> transposed[kSteps]{};
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
     if (j < count) {
-      const auto steps = *reinterpret_cast<const Pack<T, kSteps>*>(source + j * stride);
+      const auto steps = *reinterpret_cast<const AlignedVector<T, kSteps>*>(source + j * stride);
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) turned[k].values[j] = steps.values[k];
+      for (int k = 0; k < kSteps; ++k) transposed[k].values[j] = steps.values[k];
     }
   }
 #pragma unroll
-  for (int k = 0; k < kSteps; ++k) packs[k] = bit_cast<ChannelPack<T>>(turned[k]);
+  for (int k = 0; k < kSteps; ++k) packs[k] = bit_cast<Pack<T>>(transposed[k]);
 }
 
 // The thread's channels of a (B, L, D) input. `count` is how many there are from `channel` on, 0 or
 // less where none is.
 template <class T>
-struct PackInput {
-  __device__ PackInput(const Strided3& input, int64_t batch, int64_t channel, int count)
+struct ChannelsInput {
+  __device__ ChannelsInput(const InputView& input, int64_t batch, int64_t channel, int count)
       : data(static_cast<const T*>(input.data) + batch * input.batch + channel * input.channel),
         time(input.time),
         channel(input.channel),
@@ -67,31 +62,31 @@ struct PackInput {
         packs(input.packs) {}
 
   // 0 for channels that do not exist.
-  __device__ __forceinline__ ChannelPack<T> load(int64_t step) const {
+  __device__ __forceinline__ Pack<T> load(int64_t step) const {
     const T* source = data + step * time;
-    if (packs == Packs::kChannels) {
-      if (count > 0) return ChannelPack<T>::load(source);
+    if (packs == PackDimension::kChannels) {
+      if (count > 0) return Pack<T>::load(source);
       return {};
     }
-    PackValues<T> pack{};
-    const int64_t stride = used_here(channel);
+    AlignedVector<T, kPack> pack{};
+    const int64_t stride = not_hoisted(channel);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
       if (j < count) pack.values[j] = source[j * stride];
     }
-    return bit_cast<ChannelPack<T>>(pack);
+    return bit_cast<Pack<T>>(pack);
   }
 
   const T* data;
   int64_t time, channel;
   int count;
-  Packs packs;
+  PackDimension packs;
 };
 
-// The packs of steps that follow each other; kAlongTime tells that the input has packs of steps.
+// The packs of successive steps; kAlongTime tells that the input has packs of steps.
 template <class T, bool kAlongTime>
-struct PacksInOrder {
-  __device__ PacksInOrder(const PackInput<T>& input, int64_t first) : input(input) {
+struct StepsInOrder {
+  __device__ StepsInOrder(const ChannelsInput<T>& input, int64_t first) : input(input) {
     if constexpr (kAlongTime) {
       const int passed = int(first % kPack);
       if (passed == 0) return;
@@ -101,7 +96,7 @@ struct PacksInOrder {
   }
 
   // That of step `time`, which comes after the one given before.
-  __device__ __forceinline__ ChannelPack<T> at(int64_t time) {
+  __device__ __forceinline__ Pack<T> at(int64_t time) {
     if constexpr (!kAlongTime) return input.load(time);
     if (time % kPack == 0) load(time);
     return next();
@@ -109,34 +104,34 @@ struct PacksInOrder {
 
  private:
   __device__ __forceinline__ void load(int64_t time) {
-    load_along_time<T>(input.data + time, used_here(input.channel), input.count, ahead);
+    load_along_time<T>(input.data + time, not_hoisted(input.channel), input.count, ahead);
   }
 
-  __device__ __forceinline__ ChannelPack<T> next() {
-    const ChannelPack<T> first = ahead[0];
+  __device__ __forceinline__ Pack<T> next() {
+    const Pack<T> first = ahead[0];
 #pragma unroll
     for (int i = 0; i + 1 < kPack; ++i) ahead[i] = ahead[i + 1];
     return first;
   }
 
-  const PackInput<T>& input;
-  ChannelPack<T> ahead[kPack] = {};
+  const ChannelsInput<T>& input;
+  Pack<T> ahead[kPack] = {};
 };
 
 template <class T>
-struct PackOutput {
-  __device__ PackOutput(const Strided3Out& output, int64_t batch, int64_t channel, int count)
+struct ChannelsOutput {
+  __device__ ChannelsOutput(const OutputView& output, int64_t batch, int64_t channel, int count)
       : data(static_cast<T*>(output.data) + batch * output.batch + channel),
         time(output.time),
         count(count),
         packs(output.packs) {}
 
-  __device__ __forceinline__ void store(int64_t step, const ChannelPack<T>& pack) const {
+  __device__ __forceinline__ void store(int64_t step, const Pack<T>& pack) const {
     T* target = data + step * time;
     if (packs) {
       if (count > 0) pack.store(target);
     } else {
-      const auto values = bit_cast<PackValues<T>>(pack);
+      const auto values = bit_cast<AlignedVector<T, kPack>>(pack);
 #pragma unroll
       for (int j = 0; j < kPack; ++j) {
         if (j < count) target[j] = values.values[j];
@@ -152,7 +147,7 @@ struct PackOutput {
 
 // A pack as accumulators.
 template <class T>
-__device__ __forceinline__ void widen(const ChannelPack<T>& pack, Accumulator<T> (&values)[kPack]) {
+__device__ __forceinline__ void widen(const Pack<T>& pack, Accumulator<T> (&values)[kPack]) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     // From the words that hold two, which takes one instruction for each.
     const uint2 word = pack.word[0];
@@ -161,7 +156,7 @@ __device__ __forceinline__ void widen(const ChannelPack<T>& pack, Accumulator<T>
     values[2] = bit_cast<float>(word.y << 16);
     values[3] = bit_cast<float>(word.y & 0xffff0000u);
   } else {
-    const auto each = bit_cast<PackValues<T>>(pack);
+    const auto each = bit_cast<AlignedVector<T, kPack>>(pack);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) values[j] = to_accumulator(each.values[j]);
   }
@@ -185,12 +180,12 @@ __device__ __forceinline__ uint32_t narrowed_pair(float low, float high) {
 
 // Values as a pack, each rounded.
 template <class T>
-__device__ __forceinline__ ChannelPack<T> narrowed(const Accumulator<T> (&values)[kPack]) {
+__device__ __forceinline__ Pack<T> narrowed(const Accumulator<T> (&values)[kPack]) {
   if constexpr (sizeof(T) == 2) {
-    return bit_cast<ChannelPack<T>>(
+    return bit_cast<Pack<T>>(
         uint2{narrowed_pair<T>(values[0], values[1]), narrowed_pair<T>(values[2], values[3])});
   } else {
-    return bit_cast<ChannelPack<T>>(values);
+    return bit_cast<Pack<T>>(values);
   }
 }
 

@@ -4,7 +4,7 @@
 // row.
 #pragma once
 
-#include "common/cuda/device.cuh"
+#include "common/cuda/vectors.cuh"
 
 namespace mambablock {
 

@@ -3,7 +3,7 @@
 // States of decoding, which may have any of the four types.
 #pragma once
 
-#include "common/cuda/device.cuh"
+#include "common/cuda/vectors.cuh"
 
 namespace mambablock {
 

@@ -1,17 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/host/checks.h"
 
-#include <algorithm>
-
 namespace mambablock {
-
-std::string shape_text(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
-  }
-  return text + (tensor.dim() == 1 ? ",)" : ")");
-}
+namespace {
 
 const char* dtype_name(ScalarType type) {
   switch (type) {
@@ -28,8 +19,6 @@ const char* dtype_name(ScalarType type) {
   }
 }
 
-namespace {
-
 std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another device";
@@ -41,6 +30,14 @@ bool same_device(const Tensor& a, const Tensor& b) {
 }
 
 }  // namespace
+
+std::string shape_text(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
+  }
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
 
 DType dtype_of(const char* op, const char* argument, ScalarType type) {
   switch (type) {
@@ -59,67 +56,112 @@ DType dtype_of(const char* op, const char* argument, ScalarType type) {
 
 Checks::Checks(const char* op, const char* argument, const Tensor& input, int64_t dimensions,
                const char* layout)
-    : op_(op), input_name_(argument), input_(input), activation_type_(input.scalar_type()) {
-  if (input.dim() != dimensions) fail(op, argument, layout, shape_text(input));
-  dtype_ = dtype_of(op, argument, activation_type_);
+    : op_(op), input_name_(argument), input_(input) {
+  defined(argument, input);
+  this->dimensions(argument, input, dimensions, layout);
+  dtype_ = dtype_of(op, argument, input.scalar_type());
   accumulator_type_ = dtype_ == DType::float64 ? ScalarType::Double : ScalarType::Float;
+  positive(channels());
 }
 
-void Checks::shape(const char* argument, const Tensor& tensor,
-                   std::initializer_list<Size> sizes) const {
-  bool same = tensor.dim() == int64_t(sizes.size());
-  std::string expected;
-  int64_t i = 0;
-  for (const Size& size : sizes) {
-    same = same && tensor.size(i) == size.value;
-    expected += (i++ > 0 ? ", " : "") + std::string(size.name) + "=" + std::to_string(size.value);
-  }
-  if (!same) fail(op_, argument, "(" + expected + ")", shape_text(tensor));
+void Checks::defined(const char* argument, const Tensor& tensor) const {
+  if (!tensor.defined()) fail(op_, argument, "a tensor", "None");
 }
 
-void Checks::positive(const char* what, int64_t value) const {
-  if (value < 1) fail(op_, what, "at least 1", value);
+void Checks::positive(const Size& size) const {
+  if (size.value < 1) fail(op_, size.name, "at least 1", size.value);
 }
 
 void Checks::device(const char* argument, const Tensor& tensor) const {
+  defined(argument, tensor);
   if (!same_device(input_, tensor)) {
     fail(op_, argument, "on " + device_text(input_) + " as " + input_name_, device_text(tensor));
   }
 }
 
-void Checks::activation(const char* argument, const Tensor& tensor) const {
-  device(argument, tensor);
-  if (tensor.scalar_type() != activation_type_) {
-    fail(op_, argument, std::string(dtype_name(activation_type_)) + " as " + input_name_,
-         dtype_name(tensor.scalar_type()));
-  }
+void Checks::dimensions(const char* argument, const Tensor& tensor, int64_t count,
+                        const char* layout) const {
+  if (tensor.dim() != count) fail(op_, argument, layout, shape_text(tensor));
 }
 
-void Checks::parameter(const char* argument, const Tensor& tensor) const {
-  device(argument, tensor);
-  const ScalarType type = tensor.scalar_type();
-  if (type != activation_type_ && type != accumulator_type_) {
+void Checks::shape(const char* argument, const Tensor& tensor, const Sizes& sizes) const {
+  bool same = tensor.dim() == int64_t(sizes.count);
+  for (size_t i = 0; same && i < sizes.count; ++i) same = tensor.size(i) == sizes.at[i].value;
+  if (same) return;
+  std::string expected;
+  for (size_t i = 0; i < sizes.count; ++i) {
+    expected += (i > 0 ? ", " : "") + std::string(sizes.at[i].name) + "=" +
+                std::to_string(sizes.at[i].value);
+  }
+  fail(op_, argument, "(" + expected + ")", shape_text(tensor));
+}
+
+void Checks::activation(const char* argument, const OptionalTensor& tensor,
+                        const Sizes& sizes) const {
+  if (!tensor) return;
+  device(argument, *tensor);
+  if (tensor->scalar_type() != input_.scalar_type()) {
+    fail(op_, argument, std::string(dtype_name(input_.scalar_type())) + " as " + input_name_,
+         dtype_name(tensor->scalar_type()));
+  }
+  shape(argument, *tensor, sizes);
+}
+
+void Checks::parameter(const char* argument, const OptionalTensor& tensor,
+                       const Sizes& sizes) const {
+  if (!tensor) return;
+  device(argument, *tensor);
+  const ScalarType type = tensor->scalar_type(), activations = input_.scalar_type();
+  if (type != activations && type != ScalarType::Float) {
+    // The type that is computed in comes first.
     std::string expected = dtype_name(accumulator_type_);
-    if (activation_type_ != accumulator_type_) {
-      expected += std::string(" or ") + dtype_name(activation_type_);
-    }
+    const ScalarType other =
+        accumulator_type_ == ScalarType::Float ? activations : ScalarType::Float;
+    if (other != accumulator_type_) expected += std::string(" or ") + dtype_name(other);
     fail(op_, argument, expected, dtype_name(type));
   }
+  shape(argument, *tensor, sizes);
 }
 
-void Checks::accumulator(const char* argument, const Tensor& tensor) const {
-  device(argument, tensor);
-  if (tensor.scalar_type() != accumulator_type_) {
+void Checks::accumulator(const char* argument, const OptionalTensor& tensor,
+                         const Sizes& sizes) const {
+  if (!tensor) return;
+  device(argument, *tensor);
+  if (tensor->scalar_type() != accumulator_type_) {
     fail(op_, argument,
          std::string(dtype_name(accumulator_type_)) + " for " + input_name_ + " in " +
-             dtype_name(activation_type_),
-         dtype_name(tensor.scalar_type()));
+             dtype_name(input_.scalar_type()),
+         dtype_name(tensor->scalar_type()));
   }
+  shape(argument, *tensor, sizes);
 }
 
-DType Checks::state(const char* argument, const Tensor& tensor) const {
+Size Checks::matrix(const char* argument, const Tensor& tensor, Size rows,
+                    const char* columns) const {
   device(argument, tensor);
-  return dtype_of(op_, argument, tensor.scalar_type());
+  if (tensor.dim() != 2) {
+    fail(op_, argument, std::string("(") + rows.name + ", " + columns + ")", shape_text(tensor));
+  }
+  const Size size{columns, tensor.size(1)};
+  parameter(argument, tensor, {rows, size});
+  positive(size);
+  return size;
+}
+
+DType Checks::state(const Tensor& tensor, const char* layout, Size first, Size second,
+                    const OptionalTensor& state_indices) const {
+  device("state", tensor);
+  const DType dtype = dtype_of(op_, "state", tensor.scalar_type());
+  dimensions("state", tensor, 3, layout);
+  const Size rows{"rows", tensor.size(0)};
+  shape("state", tensor, {rows, first, second});
+  if (state_indices) {
+    indices("state_indices", *state_indices);
+    shape("state_indices", *state_indices, {batch()});
+  } else if (rows.value != batch().value) {
+    fail(op_, "state", "of batch=" + std::to_string(batch().value) + " rows", rows.value);
+  }
+  return dtype;
 }
 
 void Checks::indices(const char* argument, const Tensor& tensor) const {
@@ -128,10 +170,11 @@ void Checks::indices(const char* argument, const Tensor& tensor) const {
   if (type != ScalarType::Int && type != ScalarType::Long) {
     fail(op_, argument, "int32 or int64", dtype_name(type));
   }
-  if (tensor.dim() != 1) fail(op_, argument, "one-dimensional", shape_text(tensor));
+  dimensions(argument, tensor, 1, "one-dimensional");
 }
 
-int64_t state_count(const Checks& checks, const std::optional<Tensor>& cu_seqlens, int64_t batch) {
+int64_t state_count(const Checks& checks, const OptionalTensor& cu_seqlens) {
+  const int64_t batch = checks.batch().value;
   if (!cu_seqlens) return batch;
   checks.indices("cu_seqlens", *cu_seqlens);
   if (cu_seqlens->size(0) < 1) {
@@ -141,53 +184,7 @@ int64_t state_count(const Checks& checks, const std::optional<Tensor>& cu_seqlen
   return cu_seqlens->size(0) - 1;
 }
 
-void check_state_rows(const Checks& checks, const std::optional<Tensor>& state_indices,
-                      int64_t batch, int64_t rows) {
-  if (state_indices) {
-    checks.indices("state_indices", *state_indices);
-    checks.shape("state_indices", *state_indices, {{"batch", batch}});
-  } else if (rows != batch) {
-    fail(checks.op(), "state", "of batch=" + std::to_string(batch) + " rows", rows);
-  }
-}
-
-bool movable_in_packs(const void* data, int64_t element_size, int64_t count,
-                      std::initializer_list<int64_t> strides) {
-  int64_t bytes = reinterpret_cast<intptr_t>(data);
-  for (const int64_t stride : strides) bytes |= stride * element_size;
-  return count % kPack == 0 && bytes % std::min<int64_t>(16, kPack * element_size) == 0;
-}
-
-Strided3 strided_input(const std::optional<Tensor>& tensor, bool reverse) {
-  if (!tensor) return {};
-  Strided3 input{tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1), tensor->stride(2)};
-  if (reverse && tensor->numel() > 0) {
-    input.data = static_cast<const char*>(input.data) +
-                 (tensor->size(1) - 1) * input.time * int64_t(tensor->element_size());
-    input.time = -input.time;
-  }
-  const auto movable = [&](int64_t count, int64_t stride) {
-    return movable_in_packs(input.data, tensor->element_size(), count, {input.batch, stride});
-  };
-  if (input.channel == 1 && movable(tensor->size(2), input.time)) {
-    input.packs = Packs::kChannels;
-  } else if (input.time == 1 && movable(tensor->size(1), input.channel)) {
-    input.packs = Packs::kSteps;
-  }
-  return input;
-}
-
-Strided3 strided_step_input(const std::optional<Tensor>& tensor) {
-  if (!tensor) return {};
-  return {tensor->const_data_ptr(), tensor->stride(0), 0, tensor->stride(1)};
-}
-
-Strided3Out strided_output(const Tensor& tensor, bool reverse) {
-  const Strided3 view = strided_input(tensor, reverse);
-  return {const_cast<void*>(view.data), view.batch, view.time, view.packs == Packs::kChannels};
-}
-
-std::optional<Tensor> contiguous_as(const std::optional<Tensor>& tensor, ScalarType type) {
+OptionalTensor contiguous_as(const OptionalTensor& tensor, ScalarType type) {
   if (!tensor) return std::nullopt;
   const Tensor converted =
       tensor->scalar_type() == type ? *tensor : torch::stable::to(*tensor, type);

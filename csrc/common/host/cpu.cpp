@@ -4,11 +4,15 @@
 #include <algorithm>
 #include <numeric>
 
-namespace mambablock {
+#include "common/host/partial_sums.h"
 
+namespace mambablock {
+namespace {
+
+// The values of an int32 or int64 vector.
 std::vector<int64_t> index_values(const Tensor& tensor) {
   std::vector<int64_t> values(tensor.numel());
-  const int64_t stride = tensor.dim() == 1 ? tensor.stride(0) : 0;
+  const int64_t stride = tensor.stride(0);
   const void* data = tensor.const_data_ptr();
   for (int64_t i = 0; i < int64_t(values.size()); ++i) {
     values[i] = tensor.scalar_type() == ScalarType::Int
@@ -18,11 +22,13 @@ std::vector<int64_t> index_values(const Tensor& tensor) {
   return values;
 }
 
-std::vector<int64_t> state_rows(const Checks& checks, const std::optional<Tensor>& state_indices,
-                                int64_t batch, int64_t rows) {
+}  // namespace
+
+std::vector<int64_t> state_rows(const Checks& checks, const OptionalTensor& state_indices,
+                                int64_t rows) {
   const char *op = checks.op(), *name = "state_indices";
   if (!state_indices) {
-    std::vector<int64_t> identity(batch);
+    std::vector<int64_t> identity(checks.batch().value);
     std::iota(identity.begin(), identity.end(), 0);
     return identity;
   }
@@ -37,25 +43,23 @@ std::vector<int64_t> state_rows(const Checks& checks, const std::optional<Tensor
   return values;
 }
 
-std::vector<Segment> row_segments(const Checks& checks, const std::optional<Tensor>& cu_seqlens,
-                                  int64_t batch, int64_t length, int64_t tile, bool reverse) {
-  const int64_t sequences = state_count(checks, cu_seqlens, batch);
-  if (!cu_seqlens) return time_segments({0, length}, tile);
-  std::vector<int64_t> values = index_values(*cu_seqlens);
+std::vector<Segment> row_segments(const OpCall& call, int64_t length, int64_t tile) {
+  if (!call.cu_seqlens) return time_segments({0, length}, tile);
+  std::vector<int64_t> values = index_values(*call.cu_seqlens);
   const auto require = [&](bool holds, size_t at) {
     if (!holds) {
-      fail(checks.op(), "cu_seqlens", "rising from 0 to length=" + std::to_string(length),
+      fail(call.checks.op(), "cu_seqlens", "rising from 0 to length=" + std::to_string(length),
            std::to_string(values[at]) + " at position " + std::to_string(at));
     }
   };
   require(values.front() == 0, 0);
   for (size_t i = 1; i < values.size(); ++i) require(values[i] >= values[i - 1], i);
   require(values.back() == length, values.size() - 1);
-  if (!reverse) return time_segments(values, tile);
+  if (!call.reverse) return time_segments(values, tile);
   std::vector<int64_t> flipped(values.rbegin(), values.rend());
   for (int64_t& value : flipped) value = length - value;
   std::vector<Segment> segments = time_segments(flipped, tile);
-  for (Segment& segment : segments) segment.sequence = sequences - 1 - segment.sequence;
+  for (Segment& segment : segments) segment.sequence = call.states - 1 - segment.sequence;
   return segments;
 }
 
@@ -75,13 +79,12 @@ void sum_rows(const A* partials, int64_t count, int64_t size, A* total) {
 
 Tensor sum_partials(const Tensor& partials, int64_t count, const Tensor& like) {
   const Tensor total = torch::stable::new_empty(like, like.sizes(), partials.scalar_type());
-  if (partials.scalar_type() == ScalarType::Double) {
-    sum_rows(static_cast<const double*>(partials.const_data_ptr()), count, like.numel(),
-             static_cast<double*>(total.mutable_data_ptr()));
-  } else {
-    sum_rows(static_cast<const float*>(partials.const_data_ptr()), count, like.numel(),
-             static_cast<float*>(total.mutable_data_ptr()));
-  }
+  const auto sum = [&](auto zero) {
+    using A = decltype(zero);
+    sum_rows(static_cast<const A*>(partials.const_data_ptr()), count, like.numel(),
+             static_cast<A*>(total.mutable_data_ptr()));
+  };
+  partials.scalar_type() == ScalarType::Double ? sum(double{}) : sum(float{});
   return *contiguous_as(total, like.scalar_type());
 }
 

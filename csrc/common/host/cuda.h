@@ -8,8 +8,8 @@
 
 namespace mambablock {
 
-// The boundaries of the call's packed sequences for the kernels, on the device; null without
+// The boundaries of the call's packed sequences for the kernels, on the device; absent without
 // cu_seqlens. Their values are made safe there: none of them leads out of bounds.
-const int64_t* device_boundaries(const CudaContext& context, OpCall& call, int64_t length);
+OptionalTensor device_boundaries(const OpCall& call, int64_t length);
 
 }  // namespace mambablock

@@ -6,19 +6,24 @@
 #include <vector>
 
 #include "common/host/checks.h"
-#include "common/time_segments.h"
 
 namespace mambablock {
 
-using OptionalTensor = std::optional<Tensor>;
-
-struct OpCall {
-  explicit OpCall(const Checks& checks) : checks(checks) {}
+// A checked call, which keeps the memory that its views and pointers lead to.
+class [[gnu::visibility("hidden")]] OpCall {
+ public:
+  OpCall(Checks checks, OptionalTensor cu_seqlens, bool reverse)
+      : checks(std::move(checks)),
+        cu_seqlens(std::move(cu_seqlens)),
+        reverse(reverse),
+        states(state_count(this->checks, this->cu_seqlens)) {}
+  OpCall(OpCall&&) = default;
+  OpCall(const OpCall&) = delete;
 
   // The data of a contiguous copy in the accumulator's type, which lives as long as the call does.
   const void* keep(const OptionalTensor& tensor) {
-    kept.push_back(contiguous_as(tensor, checks.accumulator_type()));
-    return data_of(kept.back());
+    kept_.push_back(contiguous_as(tensor, checks.accumulator_type()));
+    return data_of(kept_.back());
   }
 
   Tensor new_accumulators(std::vector<int64_t> shape) const {
@@ -28,12 +33,13 @@ struct OpCall {
     return torch::stable::new_empty(checks.input(), shape);
   }
 
-  Checks checks;
-  OptionalTensor cu_seqlens;
-  bool reverse = false;
-  int64_t states = 0;  // rows of the batch, or packed sequences
-  std::vector<OptionalTensor> kept;
-  std::vector<Segment> segments;  // of one row, on the CPU
+  const Checks checks;
+  const OptionalTensor cu_seqlens;
+  const bool reverse;
+  const int64_t states;  // rows of the batch, or packed sequences
+
+ private:
+  std::vector<OptionalTensor> kept_;
 };
 
 }  // namespace mambablock

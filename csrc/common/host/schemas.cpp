@@ -5,27 +5,29 @@
 
 namespace {
 
+#define CAUSAL_CONV1D_ARGUMENTS                                                             \
+  "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool " \
+  "silu, bool reverse"
+
+#define SELECTIVE_SCAN_ARGUMENTS                                                         \
+  "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "         \
+  "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, " \
+  "bool reverse"
+
 STABLE_TORCH_LIBRARY(mambablock, library) {
-  library.def(
-      "causal_conv1d(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
-      "Tensor? cu_seqlens, bool silu, bool reverse) -> (Tensor, Tensor)");
-  library.def(
-      "causal_conv1d_backward(Tensor dy, Tensor dfinal_state, Tensor x, Tensor weight, "
-      "Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, bool silu, bool reverse) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+  library.def("causal_conv1d(" CAUSAL_CONV1D_ARGUMENTS ") -> (Tensor, Tensor)");
+  library.def("causal_conv1d_backward(Tensor dy, Tensor? dfinal_state, " CAUSAL_CONV1D_ARGUMENTS
+              ") -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "causal_conv1d_update(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
       "Tensor? state_indices) -> Tensor");
+  library.def("selective_scan(" SELECTIVE_SCAN_ARGUMENTS
+              ", bool save_states) -> (Tensor, Tensor, Tensor)");
   library.def(
-      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-      "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, "
-      "bool reverse, bool save_states) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "selective_scan_backward(Tensor dy, Tensor dfinal_state, Tensor u, Tensor delta, Tensor A, "
-      "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_state, "
-      "Tensor? cu_seqlens, Tensor saved_states, bool delta_softplus, bool reverse) -> (Tensor, "
-      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Only on CUDA: in how many chunks of time, side by side, a call is worked on.
+      "selective_scan_backward(Tensor dy, Tensor? dfinal_state, Tensor "
+      "saved_states, " SELECTIVE_SCAN_ARGUMENTS
+      ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Only on CUDA: into how many chunks of time a call is divided.
   library.def("selective_scan_chunks(Tensor u, int groups) -> int");
   library.def(
       "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, "

@@ -9,13 +9,13 @@ namespace {
 constexpr int kStatesAtOnce = 4;
 
 template <class T>
-using Run = Tiles<T, ForwardTiles>;
+using Forward = Tiles<T, ForwardTiles>;
 
 // Advances `Count` states from n of one column through the segment, adding C . h to y.
 template <int Count, bool InRange, class T>
-void advance_states(Run<T>& tiles, int64_t n, int64_t column) {
-  using V = typename Run<T>::V;
-  constexpr int lanes = Run<T>::lanes;
+void advance_states(Forward<T>& tiles, int64_t n, int64_t column) {
+  using V = typename Forward<T>::V;
+  constexpr int lanes = Forward<T>::lanes;
   const int64_t d_state = tiles.p.d_state;
   const auto *dt = tiles.column(column, ForwardTiles::kDt),
              *dt_u = tiles.column(column, ForwardTiles::kDtU);
@@ -43,7 +43,7 @@ void advance_states(Run<T>& tiles, int64_t n, int64_t column) {
 }
 
 template <bool InRange, class T>
-void advance_column(Run<T>& tiles, int64_t column) {
+void advance_column(Forward<T>& tiles, int64_t column) {
   int64_t n = 0;
   for (; n + kStatesAtOnce <= tiles.p.d_state; n += kStatesAtOnce) {
     advance_states<kStatesAtOnce, InRange>(tiles, n, column);
@@ -52,8 +52,8 @@ void advance_column(Run<T>& tiles, int64_t column) {
 }
 
 template <class T>
-void forward_column(Run<T>& tiles, int64_t column) {
-  using V = typename Run<T>::V;
+void forward_column(Forward<T>& tiles, int64_t column) {
+  using V = typename Forward<T>::V;
   tiles.exponents_in_range(column) ? advance_column<true>(tiles, column)
                                    : advance_column<false>(tiles, column);
   if (!tiles.gated()) return;
@@ -65,43 +65,50 @@ void forward_column(Run<T>& tiles, int64_t column) {
 }
 
 template <class T>
-void forward_run(Run<T> tiles) {
-  const SelectiveScanParams& p = tiles.p;
-  const ChannelRun& run = tiles.run;
-  for (int64_t s = 0; s < p.segment_count; ++s) {
-    const Segment& segment = p.segments[s];
-    if (segment.starts()) tiles.load_by_state(p.initial_state, tiles.state_row(segment), tiles.h);
-    if (segment.begin < segment.end) {
-      if (p.saved_states != nullptr && segment.begin % kScanTimeTile == 0) {
-        auto* saved = tiles.saved_state(segment);
-        for (int64_t n = 0; n < p.d_state; ++n) {
-          memcpy(saved + n * p.channels, tiles.h + n * tiles.channels,
-                 run.channels * sizeof *saved);
-        }
-      }
-      tiles.load(segment);
-      const Segment* next = s + 1 < p.segment_count ? &segment + 1 : nullptr;
-      for (int64_t first = 0; first < run.columns; first += tiles.strip_columns) {
-        tiles.load_strip(segment, first);
-        for (int64_t c = first; c < tiles.strip_end(first); ++c) {
-          tiles.prefetch_next(segment, next, first, c - first, tiles.strip_columns);
-          forward_column(tiles, c);
-        }
-        tiles.store_output(ForwardTiles::kY, segment, first, p.y);
-      }
+void forward_segment(Forward<T>& tiles, const Segment& segment, const Segment* next) {
+  const SelectiveScanForward& p = tiles.p;
+  const ChannelRange& range = tiles.range;
+  if (p.saved_states != nullptr && segment.begin % kScanTimeTile == 0) {
+    auto* saved = static_cast<Accumulator<T>*>(p.saved_states) + tiles.saved_offset(segment);
+    for (int64_t n = 0; n < p.d_state; ++n) {
+      memcpy(saved + n * p.channels, tiles.h + n * tiles.channels, range.channels * sizeof *saved);
     }
-    if (segment.ends()) tiles.store_by_state(tiles.h, tiles.state_row(segment), p.final_state);
+  }
+  tiles.load(segment);
+  for (int64_t first = 0; first < range.columns; first += tiles.strip_columns) {
+    tiles.load_strip(segment, first);
+    for (int64_t c = first; c < tiles.strip_end(first); ++c) {
+      tiles.prefetch_next(segment, next, first, c - first, tiles.strip_columns);
+      forward_column(tiles, c);
+    }
+    tiles.store_output(ForwardTiles::kY, segment, first, p.y);
+  }
+}
+
+template <class T>
+void forward_range(Forward<T> tiles, RowSegments segments) {
+  const SelectiveScanForward& p = tiles.p;
+  for (int64_t s = 0; s < segments.count; ++s) {
+    const Segment& segment = segments.data[s];
+    const int64_t row = tiles.state_row(segment);
+    if (segment.starts()) tiles.load_by_state(p.initial_state, row, tiles.h);
+    if (segment.begin < segment.end) {
+      forward_segment(tiles, segment, s + 1 < segments.count ? &segment + 1 : nullptr);
+    }
+    if (segment.ends()) tiles.store_by_state(tiles.h, row, p.final_state);
   }
 }
 
 }  // namespace
 
-void selective_scan_forward(const SelectiveScanParams& p, int64_t begin, int64_t end) {
+void selective_scan_forward(const SelectiveScanForward& p, RowSegments segments, int64_t begin,
+                            int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    Scratch<Accumulator<T>> scratch(Run<T>::scratch_size(p));
-    for_each_run(p, begin, end, scratch,
-                 [&](const ChannelRun& run) { forward_run(Run<T>(p, run, scratch)); });
+    Scratch<Accumulator<T>> scratch(Forward<T>::scratch_size(p));
+    for_each_range(p, begin, end, scratch, [&](const ChannelRange& range) {
+      forward_range(Forward<T>(p, range, scratch), segments);
+    });
   });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tiles run from the last to the first. Each one's states are computed again from the saved one,
-// then the gradient of the state runs back through them.
+// Tiles are visited from the last to the first. The states of each are recomputed from the saved
+// one, then the gradient of the state goes back through them.
 #include "selective_scan/cuda/backward_steps.cuh"
 
 namespace mambablock {
@@ -34,8 +34,8 @@ template <class A, int Channels>
 __device__ __forceinline__ void load_sums(const BackwardMemory<A, Channels>& memory, int row,
                                           int column, A (&g_B)[kPack], A (&g_A)[kPack]) {
   A sums[2 * kPack];
-  load_quads(memory.sums[0].at[row][column].values, sums);
-  add_quads(memory.sums[1].at[row][column].values, sums);
+  load_vectors(memory.sums[0].at[row][column].values, sums);
+  add_vectors(memory.sums[1].at[row][column].values, sums);
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
     g_B[j] = sums[2 * j];
@@ -54,19 +54,20 @@ __device__ __forceinline__ void store_channel_sums(
   if (block.own < block.channels) block.channel_row(partial, row)[block.own] = total;
 }
 
-template <class T, int Channels, bool kOneGroup>
-__global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveScanParams p) {
+template <class T, int Channels, bool kOneSlice>
+__global__ void __launch_bounds__(Channels, 1)
+    backward_kernel(const SelectiveScanBackward p, const ScanCudaPlan plan) {
   using A = Accumulator<T>;
-  const Block<T, Channels> block(p);
+  const Block<T, Channels> block(p, plan);
   auto& memory = *reinterpret_cast<BackwardMemory<A, Channels>*>(shared_memory());
   const Sequences& sequences = block.sequences;
   const bool gated = p.z.data != nullptr;
   constexpr int rows_at_once = kRowsAtOnce<T, Channels>;
-  constexpr bool unrolled = kOneGroup && sizeof(A) < 8;  // else registers run out
-  if (threadIdx.x == 0) memory.row = block.batch * p.chunks + block.chunk;
+  constexpr bool unrolled = kOneSlice && sizeof(A) < 8;  // else registers run out
+  if (threadIdx.x == 0) memory.row = block.chunk_row();
   __syncthreads();
   const auto carry_row = [&] {
-    return p.carry == nullptr ? nullptr : block.channel_row(p.carry, memory.row, p.d_state);
+    return plan.carry == nullptr ? nullptr : block.channel_row(plan.carry, memory.row, p.d_state);
   };
   const auto dA_row = [&] { return block.channel_row(p.dA_partial, memory.row, p.d_state); };
   BackwardThread<T, Channels> thread{block, memory, {}, {}, {}, {}};
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
     }
     return Cursor{s, sequences.begin(s)};
   };
-  each_group<kOneGroup, A>(p.d_state, [&](int64_t first) {
+  each_slice<kOneSlice, A>(p.d_state, [&](int64_t first) {
     if (block.end == p.length) {
       for (int64_t s = sequences.first_from(p.length); s < p.sequences; ++s) pass_through(s, first);
     }
@@ -98,7 +99,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
     thread.a_g.load(block, carry_row(), first);
     thread.dA.load(block, nullptr, first);
     if (block.begin < block.end) cursor = enter(block.end, first);
-    if (!kOneGroup) {
+    if (!kOneSlice) {
       thread.a_g.store(block, carry_row(), first);
       thread.dA.store(block, dA_row(), first);
     }
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   }
   __syncthreads();
   const auto store_sums = [&] {
-    if (kOneGroup) thread.dA.store(block, dA_row(), 0);
+    if (kOneSlice) thread.dA.store(block, dA_row(), 0);
     store_channel_sums(block, memory.dD, p.dD_partial, memory.row);
     store_channel_sums(block, memory.ddelta_bias, p.ddelta_bias_partial, memory.row);
   };
@@ -128,31 +129,31 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
       dy_input(block, p.dy, last), z_input(block, p.z, last);
   TileOutput<T> du_output(block, p.du, last), ddelta_output(block, p.ddelta, last),
       dz_output(block, p.dz, last);
-  GroupSums<T, Channels> group_sums(block, last);
-  A* saved = States<A>::saved_place(block, last);
-  const int64_t saved_of_tile = used_here(p.d_state * p.channels);
-  ChannelPack<T> u[rows_at_once] = {}, delta[rows_at_once] = {}, dy[rows_at_once] = {},
-                 z[rows_at_once] = {}, B[StatesInput<T, Channels>::rounds] = {},
-                 C[StatesInput<T, Channels>::rounds] = {};
+  GradientSums<T, Channels> gradient_sums(block, p, last);
+  const A* saved = States<A>::saved_place(block, p.saved_states, last);
+  const int64_t saved_of_tile = not_hoisted(p.d_state * p.channels);
+  Pack<T> u[rows_at_once] = {}, delta[rows_at_once] = {}, dy[rows_at_once] = {},
+          z[rows_at_once] = {}, B[StatesInput<T, Channels>::rounds] = {},
+          C[StatesInput<T, Channels>::rounds] = {};
   const bool packs = u_input.in_packs() && delta_input.in_packs() && dy_input.in_packs() &&
                      (!gated || z_input.in_packs()),
              output_packs = p.du.packs && p.ddelta.packs && (!gated || p.dz.packs),
-             weight_packs = p.B.packs && p.C.packs;
-  const auto load_rows = [&](int steps, int group) {
+             B_C_packs = p.B.packs && p.C.packs;
+  const auto load_rows = [&](int steps, int first_row) {
     with_flag(packs && steps == kCudaTile, [&](auto whole) {
-      u_input.template load<whole.value>(steps, group, u);
-      delta_input.template load<whole.value>(steps, group, delta);
-      dy_input.template load<whole.value>(steps, group, dy);
+      u_input.template load<whole.value>(steps, first_row, u);
+      delta_input.template load<whole.value>(steps, first_row, delta);
+      dy_input.template load<whole.value>(steps, first_row, dy);
     });
   };
-  const auto load_weights = [&](int steps, int64_t first) {
-    with_flag(weight_packs && steps == kCudaTile, [&](auto whole) {
+  const auto load_B_and_C = [&](int steps, int64_t first) {
+    with_flag(B_C_packs && steps == kCudaTile, [&](auto whole) {
       B_input.template load<whole.value>(steps, first, B);
       C_input.template load<whole.value>(steps, first, C);
     });
   };
   // Where registers allow it, a tile's rows are loaded before the sums of the one after it.
-  constexpr bool ahead = kOneGroup && rows_at_once == kRowsPerThread;
+  constexpr bool ahead = kOneSlice && rows_at_once == kRowsPerThread;
   // Whether a tile lies within one sequence, which begins before it.
   const auto is_inside = [&](int64_t begin, int steps) {
     return steps == kCudaTile && cursor.begin < begin;
@@ -169,20 +170,20 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
   if (ahead) load_rows(steps, 0);
   for (int64_t begin = last; begin >= block.begin; begin -= kCudaTile) {
     A bias[kPack], dD[kPack];
-    load_quads(&memory.delta_bias[block.column], bias);
-    load_quads(&memory.dD[block.row_thread][block.column], dD);
+    load_vectors(&memory.delta_bias[block.column], bias);
+    load_vectors(&memory.dD[block.row_thread][block.column], dD);
 #pragma unroll 1
-    for (int group = kRowsPerThread - rows_at_once; group >= 0; group -= rows_at_once) {
-      if (!ahead) load_rows(steps, group);
+    for (int first_row = kRowsPerThread - rows_at_once; first_row >= 0; first_row -= rows_at_once) {
+      if (!ahead) load_rows(steps, first_row);
       if (gated) {
         with_flag(packs && steps == kCudaTile,
-                  [&](auto whole) { z_input.template load<whole.value>(steps, group, z); });
+                  [&](auto whole) { z_input.template load<whole.value>(steps, first_row, z); });
       }
       with_flag(p.delta_softplus, [&](auto delta_softplus) {
         with_flag(gated, [&](auto gated) {
 #pragma unroll
           for (int k = 0; k < rows_at_once; ++k) {
-            const int row = block.row_of(group + k);
+            const int row = block.row_of(first_row + k);
             A u_values[kPack], dt[kPack], dtu[kPack], dy_values[kPack], gate[kPack],
                 derivative[kPack];
             widen(u[k], u_values);
@@ -200,28 +201,28 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
               dy_values[j] = at.dy;
               dD[j] += at.dy * u_values[j];
             }
-            store_quads(dy_values, &memory.dy[row + 1][block.column]);
+            store_vectors(dy_values, &memory.dy[row + 1][block.column]);
             if constexpr (delta_softplus.value) {
-              store_quads(derivative, &memory.derivative[row][block.column]);
+              store_vectors(derivative, &memory.derivative[row][block.column]);
             }
-            if constexpr (gated.value) store_quads(gate, &memory.dz[row][block.column]);
+            if constexpr (gated.value) store_vectors(gate, &memory.dz[row][block.column]);
             store_pairs(dt, dtu, &memory.dt_and_dtu[row][block.column]);
           }
         });
       });
     }
-    store_quads(dD, &memory.dD[block.row_thread][block.column]);
+    store_vectors(dD, &memory.dD[block.row_thread][block.column]);
     const bool inside = is_inside(begin, steps);
     const Cursor at_end = cursor;
-    each_group<kOneGroup, A>(p.d_state, [&](int64_t first) {
-      if (!kOneGroup) {
+    each_slice<kOneSlice, A>(p.d_state, [&](int64_t first) {
+      if (!kOneSlice) {
         if (first > 0) __syncthreads();  // all are done with the states before
         load_A_log2e(block, first, thread.A_log2e);
         thread.a_g.load(block, carry_row(), first);
         thread.dA.load(block, dA_row(), first);
         cursor = at_end;
       }
-      load_weights(steps, first);
+      load_B_and_C(steps, first);
       if (inside) thread.h.load_saved(block, saved, first);
       B_input.put(B, &memory.B[0][0]);
       C_input.put(C, &memory.C[0][0]);
@@ -260,53 +261,53 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
           if (time > block.begin) cursor = enter(time, first);
         }
       });
-      if (!kOneGroup) {
+      if (!kOneSlice) {
         thread.a_g.store(block, carry_row(), first);
         thread.dA.store(block, dA_row(), first);
         __syncthreads();
-        group_sums.store(memory, steps, first);
+        gradient_sums.store(memory, steps, first);
       }
     });
     // In flight while sums are added up.
-    ChannelPack<T> u_again[rows_at_once] = {};
-    const auto load_u_again = [&](int group) {
+    Pack<T> u_again[rows_at_once] = {};
+    const auto load_u_again = [&](int first_row) {
       with_flag(packs && steps == kCudaTile,
-                [&](auto whole) { u_input.template load<whole.value>(steps, group, u_again); });
+                [&](auto whole) { u_input.template load<whole.value>(steps, first_row, u_again); });
     };
     if (ahead) {
       load_u_again(0);
       move_inputs();
       if (begin > block.begin) load_rows(kCudaTile, 0);
     }
-    if (kOneGroup) {
+    if (kOneSlice) {
       __syncthreads();
-      group_sums.store(memory, steps, 0);
+      gradient_sums.store(memory, steps, 0);
     }
     A D[kPack], ddelta_bias[kPack];
-    load_quads(&memory.D[block.column], D);
-    load_quads(&memory.ddelta_bias[block.row_thread][block.column], ddelta_bias);
+    load_vectors(&memory.D[block.column], D);
+    load_vectors(&memory.ddelta_bias[block.row_thread][block.column], ddelta_bias);
 #pragma unroll 1
-    for (int group = kRowsPerThread - rows_at_once; group >= 0; group -= rows_at_once) {
-      ChannelPack<T> du[rows_at_once], ddelta[rows_at_once], dz[rows_at_once];
-      if (!ahead) load_u_again(group);
+    for (int first_row = kRowsPerThread - rows_at_once; first_row >= 0; first_row -= rows_at_once) {
+      Pack<T> du[rows_at_once], ddelta[rows_at_once], dz[rows_at_once];
+      if (!ahead) load_u_again(first_row);
       with_flag(p.delta_softplus, [&](auto delta_softplus) {
         with_flag(gated, [&](auto gated) {
 #pragma unroll
           for (int k = 0; k < rows_at_once; ++k) {
             constexpr A ln2 = A(0.69314718055994531);
-            const int row = block.row_of(group + k);
+            const int row = block.row_of(first_row + k);
             A u_values[kPack], dt[kPack], dtu[kPack], g_B[kPack], g_A[kPack], dy[kPack], y[kPack],
                 dz_values[kPack], derivative[kPack];
             widen(u_again[k], u_values);
             load_pairs(&memory.dt_and_dtu[row][block.column], dt, dtu);
             load_sums(memory, row, block.column, g_B, g_A);
-            load_quads(&memory.dy[row + 1][block.column], dy);
+            load_vectors(&memory.dy[row + 1][block.column], dy);
             if constexpr (delta_softplus.value) {
-              load_quads(&memory.derivative[row][block.column], derivative);
+              load_vectors(&memory.derivative[row][block.column], derivative);
             }
             if constexpr (gated.value) {
-              load_quads(&memory.dz[row][block.column], dz_values);
-              load_quads(&memory.y[row][block.column], y);
+              load_vectors(&memory.dz[row][block.column], dz_values);
+              load_vectors(&memory.y[row][block.column], y);
             }
 #pragma unroll
             for (int j = 0; j < kPack; ++j) {
@@ -325,17 +326,17 @@ __global__ void __launch_bounds__(Channels, 1) backward_kernel(const SelectiveSc
         });
       });
       with_flag(output_packs && steps == kCudaTile, [&](auto whole) {
-        du_output.template store<whole.value>(steps, group, du);
-        ddelta_output.template store<whole.value>(steps, group, ddelta);
-        if (gated) dz_output.template store<whole.value>(steps, group, dz);
+        du_output.template store<whole.value>(steps, first_row, du);
+        ddelta_output.template store<whole.value>(steps, first_row, ddelta);
+        if (gated) dz_output.template store<whole.value>(steps, first_row, dz);
       });
     }
-    store_quads(ddelta_bias, &memory.ddelta_bias[block.row_thread][block.column]);
+    store_vectors(ddelta_bias, &memory.ddelta_bias[block.row_thread][block.column]);
     if (!ahead) move_inputs();
     du_output.move(-kCudaTile);
     ddelta_output.move(-kCudaTile);
     dz_output.move(-kCudaTile);
-    group_sums.move(-kCudaTile);
+    gradient_sums.move(-kCudaTile);
     saved -= saved_of_tile;
     steps = kCudaTile;  // only the last tile may have fewer
     __syncthreads();    // all are done with the tile
@@ -364,15 +365,15 @@ size_t cuda_backward_shared_memory(DType dtype, int channels) {
   return bytes;
 }
 
-void cuda_backward(const char* op, const SelectiveScanParams& p, int channels,
-                   cudaStream_t stream) {
-  const int64_t blocks = p.batch * p.chunks * p.groups * cuda_blocks_in_group(p, channels);
+void cuda_backward(const char* op, const SelectiveScanBackward& p, const ScanCudaPlan& plan,
+                   int channels, cudaStream_t stream) {
   dispatch_block(p.dtype, channels, [&](auto type, auto block) {
     using T = decltype(type);
     constexpr int threads = block.value;
-    const bool one_group = p.d_state <= kStatesAtOnce<Accumulator<T>>;
-    launch(op, one_group ? backward_kernel<T, threads, true> : backward_kernel<T, threads, false>,
-           blocks, threads, sizeof(BackwardMemory<Accumulator<T>, threads>), stream, p);
+    const bool one_slice = p.d_state <= kStatesAtOnce<Accumulator<T>>;
+    launch(op, one_slice ? backward_kernel<T, threads, true> : backward_kernel<T, threads, false>,
+           cuda_blocks(p, plan, channels), threads, sizeof(BackwardMemory<Accumulator<T>, threads>),
+           stream, p, plan);
   });
 }
 

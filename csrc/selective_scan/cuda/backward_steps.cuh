@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The steps of a tile in the backward: its states again, then the gradient g of the state back
-// through them,
+// The steps of a tile in the backward: its states are recomputed, then the gradient g of the state
+// goes back through them,
 //   g_t = C_t dy_t + a_{t+1} g_{t+1}
-// and last the sums over the block's channels.
+// and last come the sums over the block's channels.
 #pragma once
 
 #include "selective_scan/cuda/states.cuh"
@@ -13,29 +13,32 @@ namespace mambablock {
 // A block's shared memory: [step][channel], [step][state], or as said.
 template <class A, int Channels>
 struct BackwardMemory {
-  static constexpr int held = kStatesHeld<A>, quads = 2 * held / kQuad<A>;
-  using Quad = Pack<A, kQuad<A>>;
+  static constexpr int held = kStatesHeld<A>, vectors = 2 * held / kVectorLength<A>;
+  using Vector = AlignedVector<A, kVectorLength<A>>;
 
-  int64_t row;  // the block's of partial sums, for which registers have no room
+  int64_t row;  // of the block's partial sums, for which registers have no room
   alignas(16) A delta_bias[Channels], D[Channels];
   // Of each of the threads that share a channel's steps.
   A dD[kRowThreads][Channels], ddelta_bias[kRowThreads][Channels];
-  alignas(16) Pack<A, 2> dt_and_dtu[kCudaTile][Channels];  // dt, dt * u
-  A dy[kCudaTile + 1][Channels];                           // [step + 1]: of the y before the gate
-  alignas(16) A derivative[kCudaTile][Channels];           // of dt by delta
-  A dz[kCudaTile][Channels];                               // but for the factor y
-  HalfSums<Pack<A, 2>, Channels> sums[2];  // sum_n g B and sum_n A log2(e) a g h_{t-1}
-  A y[kCudaTile][Channels];                // C . h
+  alignas(16) AlignedVector<A, 2> dt_and_dtu[kCudaTile][Channels];  // dt, dt * u
+  A dy[kCudaTile + 1][Channels];                    // [step + 1]: of the y before the gate
+  alignas(16) A derivative[kCudaTile][Channels];    // of dt by delta
+  A dz[kCudaTile][Channels];                        // but for the factor y
+  HalfSums<AlignedVector<A, 2>, Channels> sums[2];  // sum_n g B and sum_n A log2(e) a g h_{t-1}
+  A y[kCudaTile][Channels];                         // C . h
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
-  // Each thread's own, in the places below; rows are spread over the banks.
-  using QuadRow = Quad[Channels + 2];
-  QuadRow own[kCudaTile * quads + quads / 2];
+  // A column for each thread, in the rows below; rows are spread over the banks.
+  using VectorRow = Vector[Channels + 2];
+  VectorRow own[kCudaTile * vectors + vectors / 2];
 
   // The states of a step's first and second channel, before the step.
-  __device__ QuadRow& h_before(int step, int quad) { return own[step * quads + quad]; }
-  // Where the gradient has passed them: what the thread adds to dC of the step before, and to dB.
-  __device__ QuadRow& dC_before(int step, int quad) { return own[step * quads + quad]; }
-  __device__ QuadRow& dB(int step, int quad) { return own[step * quads + quads / 2 + quad]; }
+  __device__ VectorRow& h_before(int step, int vector) { return own[step * vectors + vector]; }
+  // In their place once the gradient has passed them: what the thread adds to dC of the step
+  // before, and to dB.
+  __device__ VectorRow& dC_before(int step, int vector) { return own[step * vectors + vector]; }
+  __device__ VectorRow& dB(int step, int vector) {
+    return own[step * vectors + vectors / 2 + vector];
+  }
 };
 
 // So that every device can run blocks of 32 channels.
@@ -50,34 +53,34 @@ struct BackwardThread {
   States<A> A_log2e, h, a_g, dA;  // a_g: a_{t+1} g_{t+1}
 };
 
-// The state of a step again; h is the one before and becomes it.
+// Recomputes the state of a step; h is the one before and becomes it.
 template <bool kGated, bool kAdd, class T, int Channels>
 __device__ __forceinline__ void recompute(BackwardThread<T, Channels>& thread, int step) {
   using A = Accumulator<T>;
-  using Quad = typename BackwardMemory<A, Channels>::Quad;
+  using Vector = typename BackwardMemory<A, Channels>::Vector;
   constexpr int held = kStatesHeld<A>;
   const auto& block = thread.block;
   auto& memory = thread.memory;
   A at[4];  // dt and dt * u of both channels
-  load_quads(memory.dt_and_dtu[step][block.pair].values, at);
+  load_vectors(memory.dt_and_dtu[step][block.pair].values, at);
   A y[2] = {};
 #pragma unroll
-  for (int i = 0; i < held; i += kQuad<A>) {
-    const Quad B = quad_at(memory.B[step] + block.half * held + i);
-    Quad C{};
-    if constexpr (kGated) C = quad_at(memory.C[step] + block.half * held + i);
+  for (int i = 0; i < held; i += kVectorLength<A>) {
+    const Vector B = vector_at(memory.B[step] + block.half * held + i);
+    Vector C{};
+    if constexpr (kGated) C = vector_at(memory.C[step] + block.half * held + i);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const A dt = at[2 * k], dtu = at[2 * k + 1];
-      Quad before;
+      Vector before;
 #pragma unroll
-      for (int j = 0; j < kQuad<A>; ++j) {
+      for (int j = 0; j < kVectorLength<A>; ++j) {
         A& h = thread.h.values[k][i + j];
         before.values[j] = h;
         h = exp2(dt * thread.A_log2e.values[k][i + j]) * h + dtu * B.values[j];
         if constexpr (kGated) y[k] += h * C.values[j];
       }
-      memory.h_before(step, (k * held + i) / kQuad<A>)[block.own] = before;
+      memory.h_before(step, (k * held + i) / kVectorLength<A>)[block.own] = before;
     }
   }
   if constexpr (kGated) {
@@ -98,24 +101,24 @@ __device__ __forceinline__ void recompute_steps(BackwardThread<T, Channels>& thr
 
 // The gradients of y, before the gate, of both of the thread's channels.
 template <class T, int Channels>
-__device__ __forceinline__ Pack<Accumulator<T>, 2> dy_before(
+__device__ __forceinline__ AlignedVector<Accumulator<T>, 2> dy_before(
     const BackwardThread<T, Channels>& thread, int step) {
-  return *reinterpret_cast<const Pack<Accumulator<T>, 2>*>(
+  return *reinterpret_cast<const AlignedVector<Accumulator<T>, 2>*>(
       &thread.memory.dy[step][thread.block.pair]);
 }
 
 // What the thread adds to dC of the step before `step`, given the state between them.
 template <class T, int Channels>
 __device__ __forceinline__ void store_dC(BackwardThread<T, Channels>& thread, int step,
-                                         const Pack<Accumulator<T>, 2>& dy) {
+                                         const AlignedVector<Accumulator<T>, 2>& dy) {
   using A = Accumulator<T>;
-  constexpr int half_quads = kStatesHeld<A> / kQuad<A>;
+  constexpr int half_vectors = kStatesHeld<A> / kVectorLength<A>;
 #pragma unroll
-  for (int i = 0; i < half_quads; ++i) {
-    typename BackwardMemory<A, Channels>::Quad dC;
+  for (int i = 0; i < half_vectors; ++i) {
+    typename BackwardMemory<A, Channels>::Vector dC;
 #pragma unroll
-    for (int j = 0; j < kQuad<A>; ++j) {
-      const int n = i * kQuad<A> + j;
+    for (int j = 0; j < kVectorLength<A>; ++j) {
+      const int n = i * kVectorLength<A> + j;
       dC.values[j] = dy.values[0] * thread.h.values[0][n] + dy.values[1] * thread.h.values[1][n];
     }
     thread.memory.dC_before(step, i)[thread.block.own] = dC;
@@ -125,29 +128,29 @@ __device__ __forceinline__ void store_dC(BackwardThread<T, Channels>& thread, in
 // One step of the gradient, after the states. dy is the step's, and becomes that of the one before.
 template <bool kAdd, class T, int Channels>
 __device__ __forceinline__ void reverse_step(BackwardThread<T, Channels>& thread, int step,
-                                             Pack<Accumulator<T>, 2>& dy) {
+                                             AlignedVector<Accumulator<T>, 2>& dy) {
   using A = Accumulator<T>;
-  using Quad = typename BackwardMemory<A, Channels>::Quad;
+  using Vector = typename BackwardMemory<A, Channels>::Vector;
   constexpr int held = kStatesHeld<A>;
   const auto& block = thread.block;
   auto& memory = thread.memory;
   A at[4];  // dt and dt * u of both channels
-  load_quads(memory.dt_and_dtu[step][block.pair].values, at);
-  Pack<A, 2>* const total = &memory.sums[block.half].at[step][block.pair];
+  load_vectors(memory.dt_and_dtu[step][block.pair].values, at);
+  AlignedVector<A, 2>* const total = &memory.sums[block.half].at[step][block.pair];
   A sums[4] = {};  // g B and A log2(e) a g h_{t-1} of both channels
-  if constexpr (kAdd) load_quads(total->values, sums);
-  Quad dB[held / kQuad<A>];
+  if constexpr (kAdd) load_vectors(total->values, sums);
+  Vector dB[held / kVectorLength<A>];
 #pragma unroll
-  for (int i = 0; i < held; i += kQuad<A>) {
-    const Quad B = quad_at(memory.B[step] + block.half * held + i);
-    const Quad C = quad_at(memory.C[step] + block.half * held + i);
-    Quad sum{};
+  for (int i = 0; i < held; i += kVectorLength<A>) {
+    const Vector B = vector_at(memory.B[step] + block.half * held + i);
+    const Vector C = vector_at(memory.C[step] + block.half * held + i);
+    Vector sum{};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const A dt = at[2 * k], dtu = at[2 * k + 1];
-      const Quad before = memory.h_before(step, (k * held + i) / kQuad<A>)[block.own];
+      const Vector before = memory.h_before(step, (k * held + i) / kVectorLength<A>)[block.own];
 #pragma unroll
-      for (int j = 0; j < kQuad<A>; ++j) {
+      for (int j = 0; j < kVectorLength<A>; ++j) {
         const A A_log2e = thread.A_log2e.values[k][i + j];
         A &h = thread.h.values[k][i + j], &a_g = thread.a_g.values[k][i + j];
         h = before.values[j];
@@ -160,14 +163,14 @@ __device__ __forceinline__ void reverse_step(BackwardThread<T, Channels>& thread
         thread.dA.values[k][i + j] += a_g_h * dt;
       }
     }
-    dB[i / kQuad<A>] = sum;
+    dB[i / kVectorLength<A>] = sum;
   }
   // In the place of the states just read.
 #pragma unroll
-  for (int i = 0; i < held / kQuad<A>; ++i) memory.dB(step, i)[block.own] = dB[i];
+  for (int i = 0; i < held / kVectorLength<A>; ++i) memory.dB(step, i)[block.own] = dB[i];
   dy = dy_before(thread, step);
   store_dC(thread, step, dy);
-  store_quads(sums, total->values);
+  store_vectors(sums, total->values);
 }
 
 // The gradient of steps from the last to the first of [low, high), which have just been recomputed.
@@ -180,27 +183,28 @@ __device__ __forceinline__ void reverse_steps(BackwardThread<T, Channels>& threa
   for (int step = high - 1; step >= low; --step) reverse_step<kAdd>(thread, step, dy);
 }
 
-// Sums a tile's dB and dC over the block's channels. A thread has a quad of states of either, of
-// some of the steps.
+// Sums a tile's dB and dC over the block's channels. A thread has a vector of states of either,
+// of some of the steps.
 template <class T, int Channels>
-struct GroupSums {
+struct GradientSums {
   using A = Accumulator<T>;
   using Memory = BackwardMemory<A, Channels>;
-  using Quad = typename Memory::Quad;
-  static constexpr int quads = Memory::quads, half_quads = quads / 2;
-  static constexpr int steps_at_once = Channels / (2 * quads);
+  using Vector = typename Memory::Vector;
+  static constexpr int vectors = Memory::vectors, half_vectors = vectors / 2;
+  static constexpr int steps_at_once = Channels / (2 * vectors);
 
-  // Neighbouring threads take quads that are in different banks.
-  __device__ GroupSums(const Block<T, Channels>& block, int64_t begin)
-      : d_state(block.p.d_state),
+  // Neighbouring threads take vectors that are in different banks.
+  __device__ GradientSums(const Block<T, Channels>& block, const SelectiveScanBackward& p,
+                          int64_t begin)
+      : d_state(p.d_state),
         half(threadIdx.x % 2),
-        quad(threadIdx.x / 2 % quads),
-        step(threadIdx.x / (2 * quads)),
-        state((half * half_quads + quad % half_quads) * kQuad<A>),
-        time(block.p.dB_partial.time) {  // and dC_partial's
-    const Strided3Out& partial = quad < half_quads ? block.p.dB_partial : block.p.dC_partial;
+        vector(threadIdx.x / 2 % vectors),
+        step(threadIdx.x / (2 * vectors)),
+        state((half * half_vectors + vector % half_vectors) * kVectorLength<A>),
+        time(p.dB_partial.time) {  // and dC_partial's
+    const OutputView& partial = vector < half_vectors ? p.dB_partial : p.dC_partial;
     target = static_cast<A*>(partial.data) +
-             (block.index_in_group * block.p.batch + block.batch) * partial.batch +
+             (block.index_in_group * p.batch + block.batch) * partial.batch +
              (begin + step) * time + block.group * d_state + state;
   }
 
@@ -215,22 +219,22 @@ struct GroupSums {
 #pragma unroll
     for (int round = 0; round < kCudaTile / steps_at_once; ++round) {
       const int at = step + round * steps_at_once;
-      const Quad* contribution = quad < half_quads
-                                     ? &memory.dB(at, quad)[half]
-                                     : &memory.dC_before(at + 1, quad - half_quads)[half];
-      Quad total{};
+      const Vector* contribution = vector < half_vectors
+                                       ? &memory.dB(at, vector)[half]
+                                       : &memory.dC_before(at + 1, vector - half_vectors)[half];
+      Vector total{};
 #pragma unroll
       for (int pair = 0; pair < Channels / 2; ++pair) {
-        const Quad added = contribution[2 * pair];
+        const Vector added = contribution[2 * pair];
 #pragma unroll
-        for (int j = 0; j < kQuad<A>; ++j) total.values[j] += added.values[j];
+        for (int j = 0; j < kVectorLength<A>; ++j) total.values[j] += added.values[j];
       }
       if (at < steps) {
-        if (d_state % kQuad<A> == 0) {
-          if (exist > 0) *reinterpret_cast<Quad*>(place) = total;
+        if (d_state % kVectorLength<A> == 0) {
+          if (exist > 0) *reinterpret_cast<Vector*>(place) = total;
         } else {
 #pragma unroll
-          for (int j = 0; j < kQuad<A>; ++j) {
+          for (int j = 0; j < kVectorLength<A>; ++j) {
             if (j < exist) place[j] = total.values[j];
           }
         }
@@ -240,7 +244,7 @@ struct GroupSums {
   }
 
   int64_t d_state;
-  int half, quad, step, state;
+  int half, vector, step, state;
   int64_t time;
   A* target;
 };

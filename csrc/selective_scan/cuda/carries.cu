@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The scan of long rows in parallel. h_t = a_t h_{t-1} + b_t is linear in h, so a chunk of time
-// maps the state that enters it to `decay * state + alone`, decay being exp(A sum dt) and `alone`
-// what the chunk makes of a state of 0. Two such maps after one another are one again, which an
-// associative scan over the chunks uses. The gradient in the other direction,
-// x_t = a_t (x_{t+1} + C_t dy_t), goes the same way.
+// maps its carry-in, the state that enters it, to `decay * carry-in + local`, where the decay is
+// exp(A sum dt) and `local` is the final state of the chunk-local scan, which begins with a state
+// of 0. Two such maps compose to a third, so an associative scan over the chunks gives all
+// carry-ins. The gradient in the other direction, x_t = a_t (x_{t+1} + C_t dy_t), is scanned
+// likewise.
 #include <cub/block/block_scan.cuh>
 
 #include "selective_scan/cuda/states.cuh"
@@ -14,84 +15,82 @@ namespace {
 
 constexpr int kChannels = kCudaForwardChannels;
 
+template <bool kBackward>
+using Params = std::conditional_t<kBackward, SelectiveScanBackward, SelectiveScanInputs>;
+
+// What is scanned: u by B from initial_state, or dy by C from dfinal_state.
+__device__ const InputView& scanned(const SelectiveScanInputs& p) { return p.u; }
+__device__ const InputView& scanned(const SelectiveScanBackward& p) { return p.dy; }
+__device__ const GroupedView& scanned_by(const SelectiveScanInputs& p) { return p.B; }
+__device__ const GroupedView& scanned_by(const SelectiveScanBackward& p) { return p.C; }
+__device__ const void* first_state(const SelectiveScanInputs& p) { return p.initial_state; }
+__device__ const void* first_state(const SelectiveScanBackward& p) { return p.dfinal_state; }
+
 template <class A>
 struct Memory {
   // dt, and dt * u or the gradient of y
-  alignas(16) Pack<A, 2> dt_and_input[kCudaTile][kChannels];
-  alignas(16) A weights[kCudaTile][kStatesAtOnce<A>];  // B, or C
+  alignas(16) AlignedVector<A, 2> dt_and_input[kCudaTile][kChannels];
+  alignas(16) A B_or_C[kCudaTile][kStatesAtOnce<A>];
 };
 
-// One step of a state, forward or backward.
-template <bool kBackward, class A>
-__device__ __forceinline__ A advanced(A state, A decay, A input) {
-  return kBackward ? decay * (state + input) : decay * state + input;
-}
-
-// One step of the tile.
-template <bool kBackward, class T>
-__device__ __forceinline__ void advance(const Block<T, kChannels>& block,
-                                        const Memory<Accumulator<T>>& memory, int step,
-                                        const States<Accumulator<T>>& A_log2e,
-                                        States<Accumulator<T>>& state,
-                                        Accumulator<T> (&dt_sum)[2]) {
+// A block's chunk-local scan.
+template <class T, bool kBackward>
+struct ChunkLocalScan {
   using A = Accumulator<T>;
-  constexpr int held = kStatesHeld<A>;
-  A weights[held], at[4];  // dt and input of both channels
-  load_quads(memory.weights[step] + block.half * held, weights);
-  load_quads(memory.dt_and_input[step][block.pair].values, at);
+  static constexpr int64_t next = kBackward ? -kCudaTile : kCudaTile;
+
+  __device__ ChunkLocalScan(const Params<kBackward>& p, const Block<T, kChannels>& block,
+                            Memory<A>& memory)
+      : p(p),
+        block(block),
+        memory(memory),
+        carry(block.channel_row(block.plan.carry, block.chunk_row(), p.d_state)),
+        gated(kBackward && p.z.data != nullptr),
+        one_slice(p.d_state <= kStatesAtOnce<A>),
+        tiles((block.end - block.begin + kCudaTile - 1) / kCudaTile),
+        begin(block.begin + (kBackward ? (tiles - 1) * kCudaTile : 0)),
+        main_input(block, scanned(p), begin),
+        delta_input(block, p.delta, begin),
+        z_input(block, p.z, begin),
+        B_or_C_input(block, scanned_by(p), begin),
+        packs(main_input.in_packs() && delta_input.in_packs() && (!gated || z_input.in_packs())) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const A dt = at[2 * k], input = at[2 * k + 1];
-    dt_sum[k] += dt;
-#pragma unroll
-    for (int n = 0; n < held; ++n) {
-      A& value = state.values[k][n];
-      value = advanced<kBackward>(value, exp2(dt * A_log2e.values[k][n]), input * weights[n]);
+    for (int j = 0; j < kPack; ++j) bias[j] = block.parameter(p.delta_bias, block.column + j);
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
+      load_A_log2e(block, first, A_log2e);
+      state.load(block, nullptr, first);
+      if (!one_slice) state.store(block, carry, first);
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile, begin += next) {
+      const int steps = steps_from(begin, block.end);
+      __syncthreads();  // all are done with the tile before
+      load_tile(steps);
+      for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
+        if (first > 0) __syncthreads();
+        load_B_or_C(steps, first);
+        __syncthreads();
+        if (!one_slice) {
+          load_A_log2e(block, first, A_log2e);
+          state.load(block, carry, first);
+        }
+        advance_tile(steps, first);
+        if (!one_slice) state.store(block, carry, first);
+      }
+      B_or_C_input.move(next);
+    }
+    if (one_slice) state.store(block, carry, 0);
+    if (block.own < block.channels) {
+      A* row = block.channel_row(block.plan.carry_dt, block.chunk_row());
+      row[block.own] = block.half ? dt_sum[1] : dt_sum[0];
     }
   }
-}
 
-// What each chunk makes of a state of 0, into p.carry, and its sum of dt, into p.carry_dt.
-template <class T, bool kBackward>
-__global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScanParams p) {
-  using A = Accumulator<T>;
-  const Block<T, kChannels> block(p);
-  // Nothing needs what leaves the row.
-  if (block.chunk == (kBackward ? 0 : p.chunks - 1)) return;
-  auto& memory = *reinterpret_cast<Memory<A>*>(shared_memory());
-  const bool held_at_once = p.d_state <= kStatesAtOnce<A>;
-  const int64_t chunk_row = block.batch * p.chunks + block.chunk;
-  A* carry = block.channel_row(p.carry, chunk_row, p.d_state);
-  const Sequences& sequences = block.sequences;
-  States<A> A_log2e, state;
-  const bool gated = kBackward && p.z.data != nullptr;
-  const int64_t tiles = (block.end - block.begin + kCudaTile - 1) / kCudaTile;
-  const int64_t first_begin = block.begin + (kBackward ? (tiles - 1) * kCudaTile : 0);
-  constexpr int64_t next = kBackward ? -kCudaTile : kCudaTile;
-  const Strided4& B_or_C = kBackward ? p.C : p.B;
-  StatesInput<T, kChannels> weights_input(block, B_or_C, first_begin);
-  TileInput<T> main_input(block, kBackward ? p.dy : p.u, first_begin),
-      delta_input(block, p.delta, first_begin), z_input(block, p.z, first_begin);
-  const bool packs =
-      main_input.in_packs() && delta_input.in_packs() && (!gated || z_input.in_packs());
-  A dt_sum[2] = {}, bias[kPack];
-#pragma unroll
-  for (int j = 0; j < kPack; ++j) bias[j] = block.parameter(p.delta_bias, block.column + j);
-
-  // The state where a sequence begins, in the direction of the kernel.
-  const auto load_first = [&](int64_t s, int64_t first) {
-    state.load(block, sequence_row(block, kBackward ? p.dfinal_state : p.initial_state, s), first);
-  };
-  for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
-    load_A_log2e(block, first, A_log2e);
-    state.load(block, nullptr, first);
-    if (!held_at_once) state.store(block, carry, first);
-  }
-  int64_t begin = first_begin;
-  for (int64_t tile = 0; tile < tiles; ++tile, begin += next) {
-    const int steps = steps_from(begin, block.end);
-    __syncthreads();  // all are done with the tile before
-    ChannelPack<T> input[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {};
+ private:
+  __device__ __forceinline__ void load_tile(int steps) {
+    Pack<T> input[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {};
     with_flag(packs && steps == kCudaTile, [&](auto whole) {
       main_input.template load<whole.value>(steps, 0, input);
       delta_input.template load<whole.value>(steps, 0, delta);
@@ -116,143 +115,195 @@ __global__ void __launch_bounds__(kChannels, 1) alone_kernel(const SelectiveScan
         store_pairs(dt, values, &memory.dt_and_input[block.row_of(k)][block.column]);
       }
     });
-    for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
-      if (first > 0) __syncthreads();
-      ChannelPack<T> weights[StatesInput<T, kChannels>::rounds] = {};
-      with_flag(B_or_C.packs && steps == kCudaTile, [&](auto whole) {
-        weights_input.template load<whole.value>(steps, first, weights);
-      });
-      weights_input.put(weights, &memory.weights[0][0]);
-      __syncthreads();
-      if (!held_at_once) {
-        load_A_log2e(block, first, A_log2e);
-        state.load(block, carry, first);
+  }
+
+  __device__ __forceinline__ void load_B_or_C(int steps, int64_t first) {
+    Pack<T> loaded[StatesInput<T, kChannels>::rounds] = {};
+    with_flag(scanned_by(p).packs && steps == kCudaTile,
+              [&](auto whole) { B_or_C_input.template load<whole.value>(steps, first, loaded); });
+    B_or_C_input.put(loaded, &memory.B_or_C[0][0]);
+  }
+
+  // A slice of the states through the tile.
+  __device__ __forceinline__ void advance_tile(int steps, int64_t first) {
+    const Sequences& sequences = block.sequences;
+    A sum[2] = {};
+    const auto advance_to = [&](int step) { advance(kBackward ? steps - 1 - step : step, sum); };
+    for (int step = 0; step < steps;) {
+      const int64_t time = begin + (kBackward ? steps - step : step);
+      const int64_t boundary = sequences.first_from(kBackward ? time : time + 1);
+      const int64_t first_of_s = sequences.begin(boundary - 1),
+                    end_of_s = sequences.begin(boundary);
+      // Where a sequence begins, in the direction of the scan.
+      if (time == (kBackward ? end_of_s : first_of_s)) {
+        state.load(block, sequence_row(block, first_state(p), boundary - 1), first);
       }
-      A sum[2] = {};
-      const auto advance_to = [&](int step) {
-        advance<kBackward>(block, memory, kBackward ? steps - 1 - step : step, A_log2e, state, sum);
-      };
-      for (int step = 0; step < steps;) {
-        const int64_t time = begin + (kBackward ? steps - step : step);
-        const int64_t boundary = sequences.first_from(kBackward ? time : time + 1);
-        const int64_t first_of_s = sequences.begin(boundary - 1),
-                      end_of_s = sequences.begin(boundary);
-        if (time == (kBackward ? end_of_s : first_of_s)) load_first(boundary - 1, first);
-        const int64_t rest = kBackward ? time - first_of_s : end_of_s - time;
-        if (step == 0 && steps == kCudaTile && rest >= kCudaTile) {
-          each_step<kUnrolled<A>>(advance_to);
-          break;
-        }
-        const int stop = rest < steps - step ? step + int(rest) : steps;
+      const int64_t rest = kBackward ? time - first_of_s : end_of_s - time;
+      if (step == 0 && steps == kCudaTile && rest >= kCudaTile) {
+        each_step<kUnrolled<A>>(advance_to);
+        break;
+      }
+      const int stop = rest < steps - step ? step + int(rest) : steps;
 #pragma unroll 1
-        for (; step < stop; ++step) advance_to(step);
-      }
-      if (first == 0) {
-        dt_sum[0] += sum[0];
-        dt_sum[1] += sum[1];
-      }
-      if (!held_at_once) state.store(block, carry, first);
+      for (; step < stop; ++step) advance_to(step);
     }
-    weights_input.move(next);
+    if (first == 0) {
+      dt_sum[0] += sum[0];
+      dt_sum[1] += sum[1];
+    }
   }
-  if (held_at_once) state.store(block, carry, 0);
-  if (block.own < block.channels) {
-    block.channel_row(p.carry_dt, chunk_row)[block.own] = block.half ? dt_sum[1] : dt_sum[0];
+
+  __device__ __forceinline__ void advance(int step, A (&sum)[2]) {
+    constexpr int held = kStatesHeld<A>;
+    A B_or_C[held], at[4];  // dt and input of both channels
+    load_vectors(memory.B_or_C[step] + block.half * held, B_or_C);
+    load_vectors(memory.dt_and_input[step][block.pair].values, at);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const A dt = at[2 * k], input = at[2 * k + 1];
+      sum[k] += dt;
+#pragma unroll
+      for (int n = 0; n < held; ++n) {
+        A& value = state.values[k][n];
+        const A decay = exp2(dt * A_log2e.values[k][n]), added = input * B_or_C[n];
+        value = kBackward ? decay * (value + added) : decay * value + added;
+      }
+    }
   }
+
+  const Params<kBackward>& p;
+  const Block<T, kChannels>& block;
+  Memory<A>& memory;
+  A* carry;
+  bool gated, one_slice;
+  int64_t tiles, begin;
+  TileInput<T> main_input, delta_input, z_input;
+  StatesInput<T, kChannels> B_or_C_input;
+  bool packs;
+  A bias[kPack], dt_sum[2] = {};
+  States<A> A_log2e, state;
+};
+
+// The final states of the chunk-local scans into the plan's carry, and their sums of dt into
+// carry_dt.
+template <class T, bool kBackward>
+__global__ void __launch_bounds__(kChannels, 1)
+    chunk_local_kernel(const Params<kBackward> p, const ScanCudaPlan plan) {
+  const Block<T, kChannels> block(p, plan);
+  // What leaves the row is no chunk's carry-in.
+  if (block.chunk == (kBackward ? 0 : plan.chunks - 1)) return;
+  auto& memory = *reinterpret_cast<Memory<Accumulator<T>>*>(shared_memory());
+  ChunkLocalScan<T, kBackward>(p, block, memory).run();
 }
 
 constexpr int kChunksAtOnce = 128;
 
-// A map of the state: decay * state + alone. One that a boundary of sequences lies in forgets the
-// state, NaN included; its decay is negative.
+// A chunk's map of the state, to 2^exponent * state + local: the decay by its exponent, since it
+// may overflow where its product with the state does not. A chunk in which a sequence begins
+// forgets the state, NaN included; its exponent is kForget.
 template <class A>
-struct Map {
-  A decay, alone;
+struct ChunkMap {
+  static constexpr A kForget = -std::numeric_limits<A>::infinity();
+  A exponent, local;
 };
 
-struct Then {
+// 2^exponent * x, by two factors, which overflow or vanish only where the result does. Zeros,
+// infinities and NaNs stay, as they do in single steps.
+template <class A>
+__device__ __forceinline__ A scaled(A x, A exponent) {
+  const bool stays = x == 0 || x - x != 0;
+  const A factor = exp2(A(0.5) * exponent);
+  return stays && exponent == exponent ? x : x * factor * factor;
+}
+
+struct Compose {
   template <class A>
-  __device__ Map<A> operator()(const Map<A>& first, const Map<A>& second) const {
-    if (second.decay < 0) return second;
-    return {first.decay < 0 ? A(-1) : first.decay * second.decay,
-            second.decay * first.alone + second.alone};
+  __device__ ChunkMap<A> operator()(const ChunkMap<A>& first, const ChunkMap<A>& second) const {
+    if (second.exponent == ChunkMap<A>::kForget) return second;
+    return {first.exponent + second.exponent, scaled(first.local, second.exponent) + second.local};
   }
 };
 
 // The map of all chunks that the block has scanned so far.
 template <class A>
 struct RunningMap {
-  Map<A> map;
-  __device__ Map<A> operator()(const Map<A>& block_map) {
-    const Map<A> before = map;
-    map = Then()(before, block_map);
+  ChunkMap<A> map;
+  __device__ ChunkMap<A> operator()(const ChunkMap<A>& block_map) {
+    const ChunkMap<A> before = map;
+    map = Compose()(before, block_map);
     return before;
   }
 };
 
-// Turns p.carry from what each chunk alone gives into what enters it. A block for each channel of
-// each row of the batch, a thread for each chunk.
+// Replaces the final states of the chunk-local scans, in the plan's carry, by the carry-ins. A
+// block for each channel of each row of the batch, a thread for each chunk.
 template <class A, bool kBackward>
-__global__ void __launch_bounds__(kChunksAtOnce) entering_kernel(const SelectiveScanParams p) {
-  using Scan = cub::BlockScan<Map<A>, kChunksAtOnce>;
+__global__ void __launch_bounds__(kChunksAtOnce)
+    carry_in_kernel(const SelectiveScanInputs p, const ScanCudaPlan plan) {
+  using Scan = cub::BlockScan<ChunkMap<A>, kChunksAtOnce>;
+  constexpr ChunkMap<A> forget{ChunkMap<A>::kForget, A(0)};
   auto& storage = *reinterpret_cast<typename Scan::TempStorage*>(shared_memory());
   const int64_t batch = blockIdx.x / p.channels, channel = blockIdx.x % p.channels;
-  const Sequences sequences{p.boundaries, p.sequences, p.length, p.reverse};
+  const Sequences sequences{plan.boundaries, p.sequences, p.length, plan.reverse};
   for (int64_t n = 0; n < p.d_state; ++n) {
     const A A_log2e = static_cast<const A*>(p.A)[channel * p.d_state + n] * A(1.4426950408889634);
-    RunningMap<A> running{{A(-1), A(0)}};
-    for (int64_t base = 0; base < p.chunks; base += kChunksAtOnce) {
+    RunningMap<A> running{forget};
+    for (int64_t base = 0; base < plan.chunks; base += kChunksAtOnce) {
       const int64_t index = base + threadIdx.x;
-      const int64_t chunk = kBackward ? p.chunks - 1 - index : index;
-      const int64_t row = (batch * p.chunks + chunk) * p.channels + channel;
-      A* carry = static_cast<A*>(p.carry) + row * p.d_state + n;
-      Map<A> map{A(-1), A(0)};
+      const int64_t chunk = kBackward ? plan.chunks - 1 - index : index;
+      const int64_t row = (batch * plan.chunks + chunk) * p.channels + channel;
+      A* carry = static_cast<A*>(plan.carry) + row * p.d_state + n;
+      ChunkMap<A> map = forget;
       // What leaves the last chunk was not computed.
-      if (index < p.chunks - 1) {
-        const int64_t begin = chunk * p.chunk_tiles * kCudaTile;
-        const int64_t end = min(begin + p.chunk_tiles * kCudaTile, p.length);
+      if (index < plan.chunks - 1) {
+        const int64_t begin = chunk * plan.chunk_tiles * kCudaTile;
+        const int64_t end = min(begin + plan.chunk_tiles * kCudaTile, p.length);
         // The backward's state is replaced where a sequence ends, at the chunk's end included.
         const int64_t boundary = sequences.first_from(kBackward ? begin + 1 : begin);
         const bool forgets = sequences.begin(boundary) < (kBackward ? end + 1 : end);
-        const A decay = exp2(A_log2e * static_cast<const A*>(p.carry_dt)[row]);
-        map = {forgets ? A(-1) : decay, *carry};
+        const A exponent = A_log2e * static_cast<const A*>(plan.carry_dt)[row];
+        // A decay of 0 forgets no NaN.
+        constexpr A lowest = A(-1e30);
+        map = {forgets ? ChunkMap<A>::kForget : exponent < lowest ? lowest : exponent, *carry};
       }
-      Scan(storage).ExclusiveScan(map, map, Then(), running);
+      Scan(storage).ExclusiveScan(map, map, Compose(), running);
       __syncthreads();
-      if (index < p.chunks) *carry = map.alone;
+      if (index < plan.chunks) *carry = map.local;
     }
   }
 }
 
 template <bool kBackward>
-void carries(const char* op, const SelectiveScanParams& p, cudaStream_t stream) {
-  const int64_t blocks = p.batch * p.chunks * p.groups * cuda_blocks_in_group(p, kChannels);
+void carries(const char* op, const Params<kBackward>& p, const ScanCudaPlan& plan,
+             cudaStream_t stream) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(op, alone_kernel<T, kBackward>, blocks, kChannels, sizeof(Memory<Accumulator<T>>),
-           stream, p);
+    launch(op, chunk_local_kernel<T, kBackward>, cuda_blocks(p, plan, kChannels), kChannels,
+           sizeof(Memory<Accumulator<T>>), stream, p, plan);
   });
-  const auto enter = [&](auto zero) {
+  const auto launch_carry_in = [&](auto zero) {
     using A = decltype(zero);
-    using Storage = typename cub::BlockScan<Map<A>, kChunksAtOnce>::TempStorage;
-    launch(op, entering_kernel<A, kBackward>, p.batch * p.channels, kChunksAtOnce, sizeof(Storage),
-           stream, p);
+    using Storage = typename cub::BlockScan<ChunkMap<A>, kChunksAtOnce>::TempStorage;
+    launch(op, carry_in_kernel<A, kBackward>, p.batch * p.channels, kChunksAtOnce, sizeof(Storage),
+           stream, p, plan);
   };
   if (p.dtype == DType::float64) {
-    enter(double{});
+    launch_carry_in(double{});
   } else {
-    enter(float{});
+    launch_carry_in(float{});
   }
 }
 
 }  // namespace
 
-void cuda_forward_carries(const char* op, const SelectiveScanParams& p, cudaStream_t stream) {
-  carries<false>(op, p, stream);
+void cuda_forward_carries(const char* op, const SelectiveScanInputs& p, const ScanCudaPlan& plan,
+                          cudaStream_t stream) {
+  carries<false>(op, p, plan, stream);
 }
 
-void cuda_backward_carries(const char* op, const SelectiveScanParams& p, cudaStream_t stream) {
-  carries<true>(op, p, stream);
+void cuda_backward_carries(const char* op, const SelectiveScanBackward& p, const ScanCudaPlan& plan,
+                           cudaStream_t stream) {
+  carries<true>(op, p, plan, stream);
 }
 
 }  // namespace mambablock

@@ -9,8 +9,8 @@ constexpr int kChannels = kCudaForwardChannels;
 // A block's shared memory: [step][channel] or [step][state].
 template <class A>
 struct Memory {
-  alignas(16) Pack<A, 2> dt_and_dtu[kCudaTile][kChannels];  // dt, dt * u
-  HalfSums<A, kChannels> y[2];                              // C . h
+  alignas(16) AlignedVector<A, 2> dt_and_dtu[kCudaTile][kChannels];  // dt, dt * u
+  HalfSums<A, kChannels> y[2];                                       // C . h
   alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
 };
 
@@ -23,11 +23,11 @@ __device__ __forceinline__ void advance(const Block<T, kChannels>& block,
   using A = Accumulator<T>;
   constexpr int held = kStatesHeld<A>;
   A B[held], C[held], at[4];  // dt and dt * u of both channels
-  load_quads(memory.B[step] + block.half * held, B);
-  load_quads(memory.C[step] + block.half * held, C);
-  load_quads(memory.dt_and_dtu[step][block.pair].values, at);
-  auto& y = *reinterpret_cast<Pack<A, 2>*>(&memory.y[block.half].at[step][block.pair]);
-  Pack<A, 2> sums{};
+  load_vectors(memory.B[step] + block.half * held, B);
+  load_vectors(memory.C[step] + block.half * held, C);
+  load_vectors(memory.dt_and_dtu[step][block.pair].values, at);
+  auto& y = *reinterpret_cast<AlignedVector<A, 2>*>(&memory.y[block.half].at[step][block.pair]);
+  AlignedVector<A, 2> sums{};
   if constexpr (kAdd) sums = y;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
@@ -42,14 +42,14 @@ __device__ __forceinline__ void advance(const Block<T, kChannels>& block,
   y = sums;
 }
 
-template <class T, bool kOneGroup>
-__global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveScanParams p) {
+template <class T, bool kOneSlice>
+__global__ void __launch_bounds__(kChannels, 1)
+    forward_kernel(const SelectiveScanForward p, const ScanCudaPlan plan) {
   using A = Accumulator<T>;
-  const Block<T, kChannels> block(p);
+  const Block<T, kChannels> block(p, plan);
   auto& memory = *reinterpret_cast<Memory<A>*>(shared_memory());
-  A* carry = p.carry == nullptr
-                 ? nullptr
-                 : block.channel_row(p.carry, block.batch * p.chunks + block.chunk, p.d_state);
+  A* carry =
+      plan.carry == nullptr ? nullptr : block.channel_row(plan.carry, block.chunk_row(), p.d_state);
   States<A> A_log2e, h;
   SequenceCursor cursor{};
   const auto start = [&](int64_t s, int64_t time, int64_t first) {
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
         [&](int64_t s) { h.load(block, sequence_row(block, p.initial_state, s), first); },
         [&](int64_t s) { h.store(block, sequence_row(block, p.final_state, s), first); });
   };
-  each_group<kOneGroup, A>(p.d_state, [&](int64_t first) {
+  each_slice<kOneSlice, A>(p.d_state, [&](int64_t first) {
     load_A_log2e(block, first, A_log2e);
     const int64_t boundary = block.sequences.first_from(block.begin);
     if (boundary < p.sequences && block.sequences.begin(boundary) == block.begin) {
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
       cursor = {boundary - 1, block.sequences.begin(boundary)};
       h.load(block, carry, first);
     }
-    if (!kOneGroup) h.store(block, carry, first);
+    if (!kOneSlice) h.store(block, carry, first);
   });
 
   if (block.begin == block.end) return;
@@ -75,21 +75,20 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
   TileInput<T> u_input(block, p.u, block.begin), delta_input(block, p.delta, block.begin),
       z_input(block, p.z, block.begin);
   TileOutput<T> y_output(block, p.y, block.begin);
-  A* saved = States<A>::saved_place(block, block.begin);
-  const int64_t saved_of_tile = used_here(p.d_state * p.channels);
+  A* saved = States<A>::saved_place(block, p.saved_states, block.begin);
+  const int64_t saved_of_tile = not_hoisted(p.d_state * p.channels);
   const bool gated = p.z.data != nullptr;
-  ChannelPack<T> u[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {},
-                 B[StatesInput<T, kChannels>::rounds] = {},
-                 C[StatesInput<T, kChannels>::rounds] = {};
+  Pack<T> u[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {},
+          B[StatesInput<T, kChannels>::rounds] = {}, C[StatesInput<T, kChannels>::rounds] = {};
   const bool packs = u_input.in_packs() && delta_input.in_packs() && (!gated || z_input.in_packs()),
-             weight_packs = p.B.packs && p.C.packs;
-  const auto load_weights = [&](int steps, int64_t first) {
-    with_flag(weight_packs && steps == kCudaTile, [&](auto whole) {
+             B_C_packs = p.B.packs && p.C.packs;
+  const auto load_B_and_C = [&](int steps, int64_t first) {
+    with_flag(B_C_packs && steps == kCudaTile, [&](auto whole) {
       B_input.template load<whole.value>(steps, first, B);
       C_input.template load<whole.value>(steps, first, C);
     });
   };
-  // The next tile's.
+  // Of the next tile.
   const auto load_inputs = [&](int steps) {
     with_flag(packs && steps == kCudaTile, [&](auto whole) {
       u_input.template load<whole.value>(steps, 0, u);
@@ -97,8 +96,8 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     });
     u_input.move(kCudaTile);
     delta_input.move(kCudaTile);
-    if (kOneGroup) {
-      load_weights(steps, 0);
+    if (kOneSlice) {
+      load_B_and_C(steps, 0);
       B_input.move(kCudaTile);
       C_input.move(kCudaTile);
     }
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     bias[j] = block.parameter(p.delta_bias, block.column + j);
     skip[j] = block.parameter(p.D, block.column + j);
   }
-  // float64 would take too many registers to load a tile while the one before is worked on.
+  // float64 would take too many registers to load a tile while the one before is processed.
   constexpr bool ahead = sizeof(A) < 8;
   int next_steps = steps_from(block.begin, block.end);
   if (ahead) load_inputs(next_steps);
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
         store_pairs(dt, dtu, &memory.dt_and_dtu[block.row_of(k)][block.column]);
       }
     });
-    if (kOneGroup) {
+    if (kOneSlice) {
       B_input.put(B, &memory.B[0][0]);
       C_input.put(C, &memory.C[0][0]);
     }
@@ -146,10 +145,10 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     }
 
     const SequenceCursor at_begin = cursor;
-    each_group<kOneGroup, A>(p.d_state, [&](int64_t first) {
-      if (!kOneGroup) {
+    each_slice<kOneSlice, A>(p.d_state, [&](int64_t first) {
+      if (!kOneSlice) {
         if (first > 0) __syncthreads();  // all are done with the states before
-        load_weights(steps, first);
+        load_B_and_C(steps, first);
         B_input.put(B, &memory.B[0][0]);
         C_input.put(C, &memory.C[0][0]);
         load_A_log2e(block, first, A_log2e);
@@ -181,17 +180,17 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
           }
         }
       });
-      if (!kOneGroup) h.store(block, carry, first);
+      if (!kOneSlice) h.store(block, carry, first);
     });
     __syncthreads();
 
-    ChannelPack<T> y[kRowsPerThread];
+    Pack<T> y[kRowsPerThread];
     with_flag(gated, [&](auto gated) {
 #pragma unroll
       for (int k = 0; k < kRowsPerThread; ++k) {
         A values[kPack], gate[kPack];
-        load_quads(&memory.y[0].at[block.row_of(k)][block.column], values);
-        add_quads(&memory.y[1].at[block.row_of(k)][block.column], values);
+        load_vectors(&memory.y[0].at[block.row_of(k)][block.column], values);
+        add_vectors(&memory.y[1].at[block.row_of(k)][block.column], values);
         if constexpr (gated.value) widen(z[k], gate);
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
     with_flag(p.y.packs && steps == kCudaTile,
               [&](auto whole) { y_output.template store<whole.value>(steps, 0, y); });
     y_output.move(kCudaTile);
-    if (!kOneGroup) {
+    if (!kOneSlice) {
       B_input.move(kCudaTile);
       C_input.move(kCudaTile);
     }
@@ -214,13 +213,14 @@ __global__ void __launch_bounds__(kChannels, 1) forward_kernel(const SelectiveSc
 
 }  // namespace
 
-void cuda_forward(const char* op, const SelectiveScanParams& p, cudaStream_t stream) {
-  const int64_t blocks = p.batch * p.chunks * p.groups * cuda_blocks_in_group(p, kChannels);
+void cuda_forward(const char* op, const SelectiveScanForward& p, const ScanCudaPlan& plan,
+                  cudaStream_t stream) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    const bool one_group = p.d_state <= kStatesAtOnce<Accumulator<T>>;
-    launch(op, one_group ? forward_kernel<T, true> : forward_kernel<T, false>, blocks, kChannels,
-           sizeof(Memory<Accumulator<T>>), stream, p);
+    const bool one_slice = p.d_state <= kStatesAtOnce<Accumulator<T>>;
+    launch(op, one_slice ? forward_kernel<T, true> : forward_kernel<T, false>,
+           cuda_blocks(p, plan, kChannels), kChannels, sizeof(Memory<Accumulator<T>>), stream, p,
+           plan);
   });
 }
 

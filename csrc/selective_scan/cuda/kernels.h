@@ -7,31 +7,51 @@
 
 namespace mambablock {
 
-// Steps between saved states, which are the steps that a block takes at once.
+// How a call is divided.
+struct ScanCudaPlan {
+  const int64_t* boundaries;  // (S+1), of a row's sequences; null without packed ones
+  bool reverse;
+  int64_t tiles;                // of a row
+  int64_t chunks, chunk_tiles;  // of a row, each of as many tiles but for the last
+  // (B, chunks, D, N): the state on entering a chunk, in the backward's direction its gradient.
+  // Where a block holds only a slice of the states, spill space for the others; may be null.
+  void* carry;
+  void* carry_dt;  // (B, chunks, D): the sum of dt over a chunk
+};
+
+// Steps of a tile, each with a saved state.
 inline constexpr int kCudaTile = 16;
 
 // The channels of a forward block, a thread for each.
 inline constexpr int kCudaForwardChannels = 64;
 
 // Blocks of `channels` channels in one group.
-inline int64_t cuda_blocks_in_group(const SelectiveScanParams& p, int channels) {
-  return (p.group_channels + channels - 1) / channels;
+inline int64_t cuda_blocks_in_group(int64_t group_channels, int channels) {
+  return (group_channels + channels - 1) / channels;
 }
 
-// How many states a block holds from tile to tile; more are in p.carry.
+inline int64_t cuda_blocks(const SelectiveScanInputs& p, const ScanCudaPlan& plan, int channels) {
+  return p.batch * plan.chunks * p.groups * cuda_blocks_in_group(p.group_channels, channels);
+}
+
+// How many states a block holds from tile to tile; the others are in the plan's carry.
 inline int cuda_states_held(DType dtype) { return dtype == DType::float64 ? 4 : 16; }
 
 // The bytes of shared memory that a backward block of `channels` channels needs.
 size_t cuda_backward_shared_memory(DType dtype, int channels);
 
-// Fill p.carry and p.carry_dt: each chunk alone, and then what enters each chunk. They are needed
-// where there are several chunks, before the forward and the backward.
-void cuda_forward_carries(const char* op, const SelectiveScanParams& p, cudaStream_t stream);
-void cuda_backward_carries(const char* op, const SelectiveScanParams& p, cudaStream_t stream);
+// Fill the plan's carry with the state that enters each chunk, and carry_dt. They are needed where
+// there are several chunks, before the forward and the backward.
+void cuda_forward_carries(const char* op, const SelectiveScanInputs& p, const ScanCudaPlan& plan,
+                          cudaStream_t stream);
+void cuda_backward_carries(const char* op, const SelectiveScanBackward& p, const ScanCudaPlan& plan,
+                           cudaStream_t stream);
 
-void cuda_forward(const char* op, const SelectiveScanParams& p, cudaStream_t stream);
+void cuda_forward(const char* op, const SelectiveScanForward& p, const ScanCudaPlan& plan,
+                  cudaStream_t stream);
 
 // With blocks of 64 channels, which only 16-bit types have, or of 32.
-void cuda_backward(const char* op, const SelectiveScanParams& p, int channels, cudaStream_t stream);
+void cuda_backward(const char* op, const SelectiveScanBackward& p, const ScanCudaPlan& plan,
+                   int channels, cudaStream_t stream);
 
 }  // namespace mambablock

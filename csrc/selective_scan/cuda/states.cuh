@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a thread has of the states, and of a tile in shared memory.
+// A thread's part of the states, and of a tile in shared memory.
 #pragma once
 
 #include "selective_scan/cuda/tiles.cuh"
@@ -10,21 +10,21 @@ namespace mambablock {
 // Pairs of values for neighbouring channels, such as dt and dt * u.
 template <class A>
 __device__ __forceinline__ void store_pairs(const A (&first)[kPack], const A (&second)[kPack],
-                                            Pack<A, 2>* target) {
+                                            AlignedVector<A, 2>* target) {
   A values[2 * kPack];
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
     values[2 * j] = first[j];
     values[2 * j + 1] = second[j];
   }
-  store_quads(values, target->values);
+  store_vectors(values, target->values);
 }
 
 template <class A>
-__device__ __forceinline__ void load_pairs(const Pack<A, 2>* source, A (&first)[kPack],
+__device__ __forceinline__ void load_pairs(const AlignedVector<A, 2>* source, A (&first)[kPack],
                                            A (&second)[kPack]) {
   A values[2 * kPack];
-  load_quads(source->values, values);
+  load_vectors(source->values, values);
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
     first[j] = values[2 * j];
@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_pairs(const Pack<A, 2>* source, A (&first)[
   }
 }
 
-// dt of a row of delta, with the derivative by delta.
+// dt, with its derivative by delta.
 template <class A>
 __device__ __forceinline__ Softplus<A> time_step(A delta, A bias, bool delta_softplus) {
   const A biased = delta + bias;
@@ -46,7 +46,7 @@ struct States {
 
   template <class T, int Channels, class F>
   __device__ __forceinline__ void each(const Block<T, Channels>& block, int64_t first, F function) {
-    const int64_t d_state = used_here(block.p.d_state);
+    const int64_t d_state = not_hoisted(block.p.d_state);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int c = block.pair + k;
@@ -75,14 +75,14 @@ struct States {
   }
 
   // Calls function(both channels' values, place, whether it exists) for each of the states on
-  // entering a tile, given the first one's place. They are kept as (B, tiles * N, D).
-  template <class T, int Channels, class F>
-  __device__ __forceinline__ void each_saved(const Block<T, Channels>& block, A* place,
+  // entering a tile, given the first one's place. They are saved as (B, tiles * N, D).
+  template <class T, int Channels, class Pointer, class F>
+  __device__ __forceinline__ void each_saved(const Block<T, Channels>& block, Pointer place,
                                              int64_t first, F function) {
-    const SelectiveScanParams& p = block.p;
+    const SelectiveScanInputs& p = block.p;
     if (first > 0) place += first * p.channels;
     with_flag(first + 2 * count <= p.d_state, [&](auto all) {
-      const int64_t exist = used_here(p.d_state) - first - block.half * count;
+      const int64_t exist = not_hoisted(p.d_state) - first - block.half * count;
 #pragma unroll
       for (int i = 0; i < count; ++i, place += p.channels) {
         function(values[0][i], values[1][i], place, all.value || i < exist);
@@ -90,16 +90,17 @@ struct States {
     });
   }
 
-  // The first one's place of the tile at `begin`.
-  template <class T, int Channels>
-  __device__ static A* saved_place(const Block<T, Channels>& block, int64_t begin) {
-    const SelectiveScanParams& p = block.p;
-    const int64_t row = (block.batch * p.tiles + begin / kCudaTile) * p.d_state;
-    return block.channel_row(p.saved_states, row + block.half * count) + block.pair;
+  // The first one's place of the tile at `begin` in saved_states.
+  template <class T, int Channels, class Pointer>
+  __device__ static auto saved_place(const Block<T, Channels>& block, Pointer saved_states,
+                                     int64_t begin) {
+    const int64_t tile = block.batch * block.plan.tiles + begin / kCudaTile;
+    const int64_t row = tile * block.p.d_state + block.half * count;
+    return block.channel_row(saved_states, row) + block.pair;
   }
 
   template <class T, int Channels>
-  __device__ __forceinline__ void load_saved(const Block<T, Channels>& block, A* place,
+  __device__ __forceinline__ void load_saved(const Block<T, Channels>& block, const A* place,
                                              int64_t first) {
     if (block.pair >= block.channels) {
       load(block, nullptr, first);
@@ -107,9 +108,9 @@ struct States {
     }
     with_flag(block.even, [&](auto even) {
       each_saved(block, place, first, [&](A& low, A& high, const A* at, bool exists) {
-        Pack<A, 2> pair{};
+        AlignedVector<A, 2> pair{};
         if constexpr (even.value) {
-          if (exists) pair = *reinterpret_cast<const Pack<A, 2>*>(at);
+          if (exists) pair = *reinterpret_cast<const AlignedVector<A, 2>*>(at);
         } else if (exists) {
           pair.values[0] = at[0];
           if (block.pair + 1 < block.channels) pair.values[1] = at[1];
@@ -126,7 +127,7 @@ struct States {
     with_flag(block.even, [&](auto even) {
       each_saved(block, place, first, [&](A low, A high, A* at, bool exists) {
         if constexpr (even.value) {
-          if (exists) *reinterpret_cast<Pack<A, 2>*>(at) = {low, high};
+          if (exists) *reinterpret_cast<AlignedVector<A, 2>*>(at) = {low, high};
         } else if (exists) {
           at[0] = low;
           if (block.pair + 1 < block.channels) at[1] = high;
@@ -139,40 +140,31 @@ struct States {
 };
 
 // The row of a (B|S, D, N) state that belongs to sequence s; null stays null.
-template <class T, int Channels>
-__device__ __forceinline__ Accumulator<T>* sequence_row(const Block<T, Channels>& block,
-                                                        const void* data, int64_t s) {
-  if (data == nullptr) return nullptr;
-  return block.channel_row(const_cast<void*>(data), block.sequences.state_row(block.batch, s),
-                           block.p.d_state);
+template <class T, int Channels, class Pointer>
+__device__ __forceinline__ auto sequence_row(const Block<T, Channels>& block, Pointer data,
+                                             int64_t s) {
+  using Row = decltype(block.channel_row(data, 0));
+  if (data == nullptr) return Row(nullptr);
+  return block.channel_row(data, block.sequences.state_row(block.batch, s), block.p.d_state);
 }
 
 // The thread's part of A (D, N), with log2(e) in it, so that the decay is one exp2.
 template <class T, int Channels>
 __device__ __forceinline__ void load_A_log2e(const Block<T, Channels>& block, int64_t first,
                                              States<Accumulator<T>>& A_log2e) {
-  A_log2e.load(block, block.channel_row(const_cast<void*>(block.p.A), 0, block.p.d_state), first);
+  A_log2e.load(block, block.channel_row(block.p.A, 0, block.p.d_state), first);
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     for (auto& value : A_log2e.values[k]) value *= Accumulator<T>(1.4426950408889634);
   }
 }
 
-// What is summed over a half of the states: [step][channel]. The other half's are a quarter of the
-// banks away, so that the two threads of a pair write theirs at once.
+// Sums over a half of the states: [step][channel]. Those of the other half are a quarter of the
+// banks away, so that the two threads of a pair store theirs without a bank conflict.
 template <class Sum, int Channels>
 struct alignas(16) HalfSums {
   Sum at[kCudaTile][Channels];
-  Pack<float, 8> between;
+  AlignedVector<float, 8> between;
 };
-
-// Adds the sums over the other half of the states.
-template <class A, int Count>
-__device__ __forceinline__ void add_quads(const A* source, A (&values)[Count]) {
-  A others[Count];
-  load_quads(source, others);
-#pragma unroll
-  for (int i = 0; i < Count; ++i) values[i] += others[i];
-}
 
 }  // namespace mambablock

@@ -3,7 +3,7 @@
 // Lanes are channels where there is one value a channel, and states where one channel's states,
 // which lie side by side, are advanced.
 #include "common/cpu/simd.h"
-#include "selective_state_update/params.h"
+#include "selective_state_update/cpu/kernels.h"
 
 namespace mambablock {
 namespace MAMBABLOCK_SIMD_LEVEL {
@@ -11,7 +11,8 @@ namespace {
 
 // `count` channels from c of row b, no more than there are lanes.
 template <class T, class S>
-void update_channels(const SelectiveStateUpdateParams& p, int64_t b, int64_t c, int64_t count) {
+void update_channels(const SelectiveStateUpdateParams& p, int64_t state_row, int64_t b, int64_t c,
+                     int64_t count) {
   using A = Accumulator<T>;
   using V = Vector<A>;
   constexpr int lanes = kLanes<A>;
@@ -19,12 +20,11 @@ void update_channels(const SelectiveStateUpdateParams& p, int64_t b, int64_t c, 
   const auto parameter = [&](const void* data) {
     return data == nullptr ? V{} : load_converted<A>(static_cast<const A*>(data) + c, 1, count);
   };
-  const auto input = [&](const Strided3& tensor) {
+  const auto input = [&](const InputView& tensor) {
     const T* row = static_cast<const T*>(tensor.data) + b * tensor.batch + c * tensor.channel;
     return load_converted<A>(row, tensor.channel, count);
   };
   T* y = static_cast<T*>(p.y.data) + b * p.y.batch + c;
-  const int64_t state_row = p.state_rows[b];
   if (state_row < 0) {
     store_converted(y, 1, V{}, count);
     return;
@@ -63,12 +63,13 @@ void update_channels(const SelectiveStateUpdateParams& p, int64_t b, int64_t c, 
 
 }  // namespace
 
-void selective_state_update(const SelectiveStateUpdateParams& p, int64_t begin, int64_t end) {
+void selective_state_update(const SelectiveStateUpdateParams& p, const int64_t* state_rows,
+                            int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto type) {
     dispatch_dtype(p.state_dtype, [&](auto state_type) {
       using T = decltype(type);
       const auto update = [&](int64_t b, int64_t c, int64_t count) {
-        update_channels<T, decltype(state_type)>(p, b, c, count);
+        update_channels<T, decltype(state_type)>(p, state_rows[b], b, c, count);
       };
       for_each_vector<Accumulator<T>>(begin, end, p.channels, update);
     });

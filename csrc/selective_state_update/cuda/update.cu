@@ -10,14 +10,15 @@ constexpr int kThreads = 128;
 constexpr int kThreadsPerChannel = 8;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) update_kernel(const SelectiveStateUpdateParams p) {
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const SelectiveStateUpdateParams p, const int64_t* state_rows) {
   using A = Accumulator<T>;
   const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t index = thread / kThreadsPerChannel;
   const bool exists = index < p.batch * p.channels;
   const int64_t b = exists ? index / p.channels : 0, c = exists ? index % p.channels : 0;
-  const int64_t row = exists ? used_row(p.state_rows, p.rows, b) : -1;
-  const auto input = [&](const Strided3& tensor) {
+  const int64_t row = exists ? used_row(state_rows, p.rows, b) : -1;
+  const auto input = [&](const InputView& tensor) {
     return A(
         to_accumulator(static_cast<const T*>(tensor.data)[b * tensor.batch + c * tensor.channel]));
   };
@@ -58,11 +59,12 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const SelectiveStateUp
 
 }  // namespace
 
-void cuda_update(const char* op, const SelectiveStateUpdateParams& p, cudaStream_t stream) {
+void cuda_update(const char* op, const SelectiveStateUpdateParams& p, const int64_t* state_rows,
+                 cudaStream_t stream) {
   const int64_t threads = p.batch * p.channels * kThreadsPerChannel;
   dispatch_dtype(p.dtype, [&](auto type) {
     launch(op, update_kernel<decltype(type)>, (threads + kThreads - 1) / kThreads, kThreads, 0,
-           stream, p);
+           stream, p, state_rows);
   });
 }
 

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "common/host/checks.h"
+
+namespace mambablock {
+
+struct ScanSizes {
+  int64_t d_state, groups;
+};
+
+// The checks of what selective_scan and selective_state_update have in common. `steps` are the
+// sizes before the channels: the batch and, of selective_scan, the length.
+template <class Arguments>
+ScanSizes check_scan(const Checks& checks, const Arguments& a, const Sizes& steps) {
+  const Size channels = checks.channels();
+  checks.activation("delta", a.delta, steps.followed_by({channels}));
+  const Size d_state = checks.matrix("A", a.A, channels, "d_state");
+  checks.defined("B", a.B);
+  const bool grouped = a.B.dim() == int64_t(steps.count) + 2;
+  const Size groups{"groups", grouped ? a.B.size(steps.count) : 1};
+  const Sizes of_group =
+      grouped ? steps.followed_by({groups, d_state}) : steps.followed_by({d_state});
+  checks.activation("B", a.B, of_group);
+  checks.activation("C", a.C, of_group);
+  if (groups.value < 1 || channels.value % groups.value != 0) {
+    fail(checks.op(), "groups", "a divisor of d_inner=" + std::to_string(channels.value),
+         groups.value);
+  }
+  checks.parameter("D", a.D, {channels});
+  checks.activation("z", a.z, steps.followed_by({channels}));
+  checks.parameter("delta_bias", a.delta_bias, {channels});
+  return {d_state.value, groups.value};
+}
+
+}  // namespace mambablock
