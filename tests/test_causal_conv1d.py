@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mambablock
-from conftest import (
-    LOW_PRECISION,
+from compare import (
     assert_as_exact_as_pytorch,
     assert_float64_equal,
     boundaries,
@@ -22,29 +21,12 @@ from conftest import (
     time_last,
 )
 from mambablock import reference
+from operators import LOW_PRECISION
+from operators import causal_conv1d_inputs as make_inputs
 
 pytestmark = pytest.mark.usefixtures("device")
 
 OPTIONS: dict[str, Any] = {"silu": True, "return_final_state": True}
-
-
-def make_inputs(
-    batch: int = 2,
-    length: int = 9,
-    d_inner: int = 5,
-    width: int = 4,
-    *,
-    states: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor | None]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = batch if states is None else states
-    return {
-        "x": torch.randn(batch, length, d_inner, dtype=torch.float64).to(dtype),
-        "weight": torch.randn(d_inner, width, dtype=wide),
-        "bias": torch.randn(d_inner, dtype=wide),
-        "initial_state": torch.randn(rows, width - 1, d_inner, dtype=wide),
-    }
 
 
 def both(tensors: dict[str, Tensor | None], **options: Any) -> None:

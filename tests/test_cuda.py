@@ -13,13 +13,13 @@ import mambablock
 import test_causal_conv1d
 import test_selective_scan
 import test_updates
-from conftest import (
-    EMULATION,
+from compare import (
     assert_as_exact_as_pytorch,
     assert_float64_equal,
     boundaries,
     gradients,
 )
+from conftest import EMULATION
 from mambablock import reference
 
 pytestmark = pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mambablock
-from conftest import (
-    LOW_PRECISION,
+from compare import (
     assert_as_exact_as_pytorch,
     assert_float64_equal,
     boundaries,
@@ -22,48 +21,12 @@ from conftest import (
     time_last,
 )
 from mambablock import reference
+from operators import LOW_PRECISION, as_dtype
+from operators import selective_scan_inputs as make_inputs
 
 pytestmark = pytest.mark.usefixtures("device")
 
 OPTIONS: dict[str, Any] = {"delta_softplus": True, "return_final_state": True}
-
-
-def make_inputs(
-    batch: int = 2,
-    length: int = 9,
-    d_inner: int = 4,
-    d_state: int = 3,
-    groups: int | None = None,
-    *,
-    optional: bool = True,
-    states: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor | None]:
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-    group = () if groups is None else (groups,)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors: dict[str, Tensor | None] = {
-        "u": random(batch, length, d_inner),
-        "delta": random(batch, length, d_inner),
-        "A": -torch.rand(d_inner, d_state, dtype=wide) * 2 - 0.1,
-        "B": random(batch, length, *group, d_state),
-        "C": random(batch, length, *group, d_state),
-    }
-    if optional:
-        rows = batch if states is None else states
-        tensors |= {
-            "D": torch.randn(d_inner, dtype=wide),
-            "z": random(batch, length, d_inner),
-            "delta_bias": torch.randn(d_inner, dtype=wide),
-            "initial_state": torch.randn(rows, d_inner, d_state, dtype=wide),
-        }
-    return tensors
-
-
-def as_dtype(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
-    return {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
 
 
 def both(tensors: dict[str, Tensor | None], **options: Any) -> None:

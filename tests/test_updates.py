@@ -7,52 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import mambablock
 from mambablock import reference
+from operators import causal_conv1d_update_inputs as conv_inputs
+from operators import selective_state_update_inputs as scan_inputs
 
 pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def conv_inputs(
-    batch: int = 3, d_inner: int = 5, width: int = 4, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "state": torch.randn(batch, width - 1, d_inner, dtype=wide),
-        "x": torch.randn(batch, d_inner, dtype=torch.float64).to(dtype),
-        "weight": torch.randn(d_inner, width, dtype=wide),
-        "bias": torch.randn(d_inner, dtype=wide),
-    }
-
-
-def scan_inputs(
-    batch: int = 3,
-    d_inner: int = 4,
-    d_state: int = 3,
-    groups: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Any]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    group = () if groups is None else (groups,)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-    return {
-        "state": torch.randn(batch, d_inner, d_state, dtype=wide),
-        "u": random(batch, d_inner),
-        "delta": random(batch, d_inner),
-        "A": -torch.rand(d_inner, d_state, dtype=wide) * 2,
-        "B": random(batch, *group, d_state),
-        "C": random(batch, *group, d_state),
-        "D": torch.randn(d_inner, dtype=wide),
-        "z": random(batch, d_inner),
-        "delta_bias": torch.randn(d_inner, dtype=wide),
-    }
 
 
 def both(name: str, tensors: dict[str, Any], **options: Any) -> None:
