@@ -1,48 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is compared, and how nearly it must agree."""
+"""What the tests compare, and how closely it must agree."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from operators import Operator, Tensors, as_dtype
 
-def gradients(
-    function: Callable[..., tuple[Tensor, ...]], tensors: dict[str, Tensor | None]
-) -> dict[str, Tensor]:
-    """The outputs of `function(**tensors)` and, of a fixed weighting of them, all gradients."""
+
+def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a sum of the outputs with fixed random weights; zeros for an unused input."""
+    generator = torch.Generator().manual_seed(1)
+    weighted = [
+        (o, torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o))
+        for o in outputs
+    ]
+    outputs, weights = zip(*((o, w) for o, w in weighted if o.requires_grad), strict=True)
+    return torch.autograd.grad(outputs, inputs, weights, materialize_grads=True)
+
+
+def results(function: Callable[..., Any], tensors: Tensors, **options: Any) -> dict[str, Tensor]:
+    """The outputs of function(**tensors, **options) and their gradients; of an update, y and the
+    state that it leaves.
+    """
+    if "state" in tensors:
+        state = tensors["state"].clone()
+        return {"y": function(**(tensors | {"state": state}), **options), "state": state}
     leaves = {
         name: tensor.detach().clone().requires_grad_()
         for name, tensor in tensors.items()
-        if tensor is not None
+        if tensor is not None and tensor.is_floating_point()
     }
-    outputs = function(**{**tensors, **leaves})
-    loss = torch.zeros((), dtype=torch.float64)
-    for output in outputs:
-        weights = torch.linspace(-1, 1.3, max(output.numel(), 1), dtype=torch.float64)
-        loss = loss + (output.double() * weights[: output.numel()].view(output.shape)).sum()
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    result = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-    for (name, leaf), gradient in zip(leaves.items(), found, strict=True):
-        result["d" + name] = torch.zeros_like(leaf) if gradient is None else gradient
-    return result
+    outputs = function(**(tensors | leaves), **options)
+    found = gradients(outputs, list(leaves.values()))
+    named = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    return named | {"d" + name: g for name, g in zip(leaves, found, strict=True)}
 
 
-def assert_float64_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, oracle in expected.items():
-        # Sums of some hundred float64 terms in another order.
+def assert_near(
+    got: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    tolerance: Callable[[torch.dtype], float],
+) -> None:
+    """To an absolute and relative tolerance, which may depend on the type."""
+    for name, value in expected.items():
+        allowed = tolerance(value.dtype)
         torch.testing.assert_close(
-            got[name], oracle, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
+            got[name], value, rtol=allowed, atol=allowed, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
-def assert_as_exact_as_pytorch(
-    got: dict[str, Tensor], same_precision: dict[str, Tensor], oracle: dict[str, Tensor]
+def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+def assert_float64_equal(
+    got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10
 ) -> None:
+    # Sums of some hundred float64 terms in another order.
+    assert_near(got, expected, lambda _: tolerance)
+
+
+def assert_matches_reference(op: Operator, tensors: Tensors, **options: Any) -> None:
+    """In float64; an update also in other types, to a rounding or two of theirs."""
+    got, expected = (results(f, tensors, **options) for f in (op, op.reference))
+    if not op.is_update:
+        assert_float64_equal(got, expected)
+        return
+    # Sums of some dozen terms in another order, in the accumulator's type whatever the state's;
+    # lower types may round to the neighbour.
+    sums = 1e-12 if tensors[op.activations[0]].dtype == torch.float64 else 1e-5
+    assert_near(got, expected, lambda dtype: max(10 * torch.finfo(dtype).eps, sums))
+
+
+def assert_as_exact_as_pytorch(op: Operator, tensors: Tensors) -> None:
     """Max and RMS error against float64 are at most twice those of PyTorch in that precision."""
-    for name, exact in oracle.items():
+    got, same_precision = results(op, tensors), results(op.reference, tensors)
+    for name, exact in results(op.reference, as_dtype(tensors, torch.float64)).items():
         if exact.numel() == 0:
             continue
         scale = exact.abs().max().item()
@@ -59,6 +99,12 @@ def assert_as_exact_as_pytorch(
 def time_last(tensor: Tensor) -> Tensor:
     """The same (B, L, D) in memory of (B, D, L)."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def reversed_strides(tensor: Tensor) -> Tensor:
+    """The same tensor, its first dimension fastest in memory."""
+    order = list(reversed(range(tensor.dim())))
+    return tensor.permute(order).contiguous().permute(order)
 
 
 def boundaries(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:

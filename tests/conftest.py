@@ -44,6 +44,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device("cpu")
 
 
+@pytest.fixture
+def emulated() -> None:
+    """For what only emulated CUDA kernels can be asked for, such as another device."""
+    if not EMULATION:
+        pytest.skip("no kernel is emulated")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

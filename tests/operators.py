@@ -1,17 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of the operators."""
+"""The operators as tests see them: their inputs, their options, and what each argument is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mambablock
+from mambablock import reference
 
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, *LOW_PRECISION)
+
+Tensors = dict[str, Tensor | None]
 
 
-def causal_conv1d_inputs(
+def _random(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _conv_inputs(
     batch: int = 2,
     length: int = 9,
     d_inner: int = 5,
@@ -19,88 +38,198 @@ def causal_conv1d_inputs(
     *,
     states: int | None = None,
     dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor | None]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = batch if states is None else states
+) -> Tensors:
+    wide = _accumulator(dtype)
     return {
-        "x": torch.randn(batch, length, d_inner, dtype=torch.float64).to(dtype),
-        "weight": torch.randn(d_inner, width, dtype=wide),
-        "bias": torch.randn(d_inner, dtype=wide),
-        "initial_state": torch.randn(rows, width - 1, d_inner, dtype=wide),
+        "x": _random(dtype, batch, length, d_inner),
+        "weight": _random(wide, d_inner, width),
+        "bias": _random(wide, d_inner),
+        "initial_state": _random(wide, batch if states is None else states, width - 1, d_inner),
     }
 
 
-def selective_scan_inputs(
+def _scan_inputs(
     batch: int = 2,
     length: int = 9,
     d_inner: int = 4,
     d_state: int = 3,
     groups: int | None = None,
     *,
-    optional: bool = True,
     states: int | None = None,
     dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor | None]:
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
+) -> Tensors:
+    wide = _accumulator(dtype)
     group = () if groups is None else (groups,)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors: dict[str, Tensor | None] = {
-        "u": random(batch, length, d_inner),
-        "delta": random(batch, length, d_inner),
+    return {
+        "u": _random(dtype, batch, length, d_inner),
+        "delta": _random(dtype, batch, length, d_inner),
         "A": -torch.rand(d_inner, d_state, dtype=wide) * 2 - 0.1,
-        "B": random(batch, length, *group, d_state),
-        "C": random(batch, length, *group, d_state),
-    }
-    if optional:
-        rows = batch if states is None else states
-        tensors |= {
-            "D": torch.randn(d_inner, dtype=wide),
-            "z": random(batch, length, d_inner),
-            "delta_bias": torch.randn(d_inner, dtype=wide),
-            "initial_state": torch.randn(rows, d_inner, d_state, dtype=wide),
-        }
-    return tensors
-
-
-def causal_conv1d_update_inputs(
-    batch: int = 3, d_inner: int = 5, width: int = 4, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "state": torch.randn(batch, width - 1, d_inner, dtype=wide),
-        "x": torch.randn(batch, d_inner, dtype=torch.float64).to(dtype),
-        "weight": torch.randn(d_inner, width, dtype=wide),
-        "bias": torch.randn(d_inner, dtype=wide),
+        "B": _random(dtype, batch, length, *group, d_state),
+        "C": _random(dtype, batch, length, *group, d_state),
+        "D": _random(wide, d_inner),
+        "z": _random(dtype, batch, length, d_inner),
+        "delta_bias": _random(wide, d_inner),
+        "initial_state": _random(wide, batch if states is None else states, d_inner, d_state),
     }
 
 
-def selective_state_update_inputs(
-    batch: int = 3,
-    d_inner: int = 4,
-    d_state: int = 3,
-    groups: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Any]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    group = () if groups is None else (groups,)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-    return {
-        "state": torch.randn(batch, d_inner, d_state, dtype=wide),
-        "u": random(batch, d_inner),
-        "delta": random(batch, d_inner),
-        "A": -torch.rand(d_inner, d_state, dtype=wide) * 2,
-        "B": random(batch, *group, d_state),
-        "C": random(batch, *group, d_state),
-        "D": torch.randn(d_inner, dtype=wide),
-        "z": random(batch, d_inner),
-        "delta_bias": torch.randn(d_inner, dtype=wide),
-    }
+def _conv_update_inputs(batch: int = 3, d_inner: int = 5, *sizes: Any, **options: Any) -> Tensors:
+    return _one_step(CONV, _conv_inputs(batch, 1, d_inner, *sizes, **options))
 
 
-def as_dtype(tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
+def _scan_update_inputs(batch: int = 3, d_inner: int = 4, *sizes: Any, **options: Any) -> Tensors:
+    return _one_step(SCAN, _scan_inputs(batch, 1, d_inner, *sizes, **options))
+
+
+def _one_step(op: Operator, tensors: Tensors) -> Tensors:
+    step = {n: t[:, 0] if n in op.activations else t for n, t in tensors.items()}
+    return {"state": step.pop("initial_state"), **step}
+
+
+@dataclass(frozen=True, repr=False)
+class Operator:
+    """Called, it is the public function with its flag set, and with the final state."""
+
+    name: str
+    make_inputs: Callable[..., Tensors]  # in the schema's order, all but cu_seqlens, state_indices
+    activations: tuple[str, ...]  # of one type, which the first one sets
+    parameters: tuple[str, ...]  # float32 or of the activations' type
+    flag: str  # of the nonlinearity
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def is_update(self) -> bool:
+        return self.name.endswith("_update")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {self.flag: True} | ({} if self.is_update else {"return_final_state": True})
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(mambablock, self.name)
+
+    @property
+    def schema(self) -> dict[str, str]:
+        """The types of torch.ops' arguments, by name."""
+        return {a.name: str(a.type) for a in self.overload._schema.arguments}
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return tuple(name for name, kind in self.schema.items() if kind == "Tensor")
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        return tuple(name for name, kind in self.schema.items() if kind == "Optional[Tensor]")
+
+    @property
+    def overload(self) -> Any:
+        return getattr(torch.ops.mambablock, self.name).default
+
+    @property
+    def backward(self) -> Any:
+        return getattr(torch.ops.mambablock, f"{self.name}_backward").default
+
+    def __call__(self, **arguments: Any) -> Any:
+        return self.function(**(self.options | arguments))
+
+    def reference(self, **arguments: Any) -> Any:
+        return getattr(reference, self.name)(**(self.options | arguments))
+
+    def arguments(self, **given: Any) -> dict[str, Any]:
+        """All arguments of torch.ops, in their order."""
+        flags = {self.flag: True, "reverse": False, "save_states": True}
+        given = dict.fromkeys(self.optional) | flags | given
+        return {name: given[name] for name in self.schema}
+
+    def backward_arguments(self, **given: Any) -> dict[str, Any]:
+        """The same for the backward, where the outputs serve as their gradients."""
+        forward = self.arguments(**given)
+        outputs = zip(
+            ("dy", "dfinal_state", "saved_states"), self.overload(**forward), strict=False
+        )
+        forward.pop("save_states", None)
+        return dict(outputs) | forward
+
+    def inputs_without(self, *absent: str, dtype: torch.dtype = torch.float64) -> Tensors:
+        """Inputs with every optional argument but these."""
+        if self.is_update:
+            tensors = self.make_inputs(dtype=dtype) | {"state_indices": torch.tensor([2, -1, 0])}
+        elif "cu_seqlens" in absent:
+            tensors = self.make_inputs(dtype=dtype)
+        else:
+            tensors = self.make_inputs(1, states=3, dtype=dtype)
+            tensors["cu_seqlens"] = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+        return tensors | dict.fromkeys(absent)
+
+    def steps(self, tensors: Tensors, begin: int, end: int) -> Tensors:
+        """The arguments for a piece of time."""
+        return tensors | {name: tensors[name][:, begin:end] for name in self.activations}
+
+
+CONV = Operator(
+    "causal_conv1d",
+    _conv_inputs,
+    activations=("x",),
+    parameters=("weight", "bias"),
+    flag="silu",
+)
+SCAN = Operator(
+    "selective_scan",
+    _scan_inputs,
+    activations=("u", "delta", "B", "C", "z"),
+    parameters=("A", "D", "delta_bias"),
+    flag="delta_softplus",
+)
+CONV_UPDATE = Operator(
+    "causal_conv1d_update",
+    _conv_update_inputs,
+    activations=CONV.activations,
+    parameters=CONV.parameters,
+    flag=CONV.flag,
+)
+SCAN_UPDATE = Operator(
+    "selective_state_update",
+    _scan_update_inputs,
+    activations=SCAN.activations,
+    parameters=SCAN.parameters,
+    flag=SCAN.flag,
+)
+OVER_TIME = (CONV, SCAN)
+UPDATES = (CONV_UPDATE, SCAN_UPDATE)
+OPERATORS = OVER_TIME + UPDATES
+
+over_time = pytest.mark.parametrize("op", OVER_TIME, ids=str)
+updates = pytest.mark.parametrize("op", UPDATES, ids=str)
+operators = pytest.mark.parametrize("op", OPERATORS, ids=str)
+
+
+def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return list(chain.from_iterable(combinations(names, n) for n in range(len(names) + 1)))
+
+
+def as_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     return {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+
+
+class Calls(TorchDispatchMode):
+    """Keeps what runs: each operator's name, its arguments by name, and its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[tuple[str, dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        names = (argument.name for argument in func._schema.arguments)
+        arguments = dict(zip(names, args, strict=False)) | (kwargs or {})
+        self.kept.append((func.name(), arguments, output))
+        return output
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """The arguments of each call of an operator."""
+        return [arguments for called, arguments, _ in self.kept if called == name]
