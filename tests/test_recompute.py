@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from compare import gradients
 from mambablock import MambaBlock
+from operators import Calls
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -28,11 +28,10 @@ def make_pair(**options: Any) -> tuple[MambaBlock, MambaBlock]:
 
 
 def results(block: MambaBlock, hidden: Tensor, *arguments: Any, **options: Any) -> list[Tensor]:
-    """The outputs and the gradients of a sum of them."""
+    """The outputs and their gradients."""
     leaves = [hidden.clone().requires_grad_(), *(p for p in block.parameters() if p.requires_grad)]
     y, last = block(leaves[0], *arguments, return_state=True, **options)
-    loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in (y, *last))
-    return [y, *last, *torch.autograd.grad(loss, leaves)]
+    return [y, *last, *gradients((y, *last), leaves)]
 
 
 @pytest.mark.parametrize(
@@ -84,27 +83,13 @@ def test_keeps_neither_the_convolutions_output_nor_delta() -> None:
     assert saved >= 2 * 64 * 8 * BATCH * LENGTH
 
 
-class Calls(TorchDispatchMode):
-    """Counts the operators that run, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.counts[func.name()] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_scan_runs_once() -> None:
     _, block = make_pair()
     hidden = torch.randn(BATCH, LENGTH, 6, dtype=torch.float64)
     with Calls() as calls:
         block(hidden).sum().backward()
-    assert calls.counts["mambablock::selective_scan"] == 1
-    assert calls.counts["mambablock::causal_conv1d"] == 2
+    assert len(calls.of("mambablock::selective_scan")) == 1
+    assert len(calls.of("mambablock::causal_conv1d")) == 2
 
 
 def test_under_autocast(device: torch.device) -> None:
