@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -112,17 +112,21 @@ class Operator:
         return getattr(mambablock, self.name)
 
     @property
-    def schema(self) -> dict[str, str]:
-        """The types of torch.ops' arguments, by name."""
-        return {a.name: str(a.type) for a in self.overload._schema.arguments}
+    def schema(self) -> list[str]:
+        """The names of torch.ops' arguments."""
+        return [a.name for a in self.overload._schema.arguments]
+
+    def of_type(self, kind: str) -> tuple[str, ...]:
+        arguments = self.overload._schema.arguments
+        return tuple(a.name for a in arguments if str(a.type) == kind)
 
     @property
     def required(self) -> tuple[str, ...]:
-        return tuple(name for name, kind in self.schema.items() if kind == "Tensor")
+        return self.of_type("Tensor")
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return tuple(name for name, kind in self.schema.items() if kind == "Optional[Tensor]")
+        return self.of_type("Optional[Tensor]")
 
     @property
     def overload(self) -> Any:
@@ -140,8 +144,8 @@ class Operator:
 
     def arguments(self, **given: Any) -> dict[str, Any]:
         """All arguments of torch.ops, in their order."""
-        flags = {self.flag: True, "reverse": False, "save_states": True}
-        given = dict.fromkeys(self.optional) | flags | given
+        defaults = {self.flag: True, "reverse": False, "save_states": True}
+        given = dict.fromkeys(self.optional) | defaults | given
         return {name: given[name] for name in self.schema}
 
     def backward_arguments(self, **given: Any) -> dict[str, Any]:
@@ -153,15 +157,14 @@ class Operator:
         forward.pop("save_states", None)
         return dict(outputs) | forward
 
-    def inputs_without(self, *absent: str, dtype: torch.dtype = torch.float64) -> Tensors:
+    def inputs_without(self, *absent: str) -> Tensors:
         """Inputs with every optional argument but these."""
         if self.is_update:
-            tensors = self.make_inputs(dtype=dtype) | {"state_indices": torch.tensor([2, -1, 0])}
+            tensors = self.make_inputs() | {"state_indices": torch.tensor([2, -1, 0])}
         elif "cu_seqlens" in absent:
-            tensors = self.make_inputs(dtype=dtype)
+            tensors = self.make_inputs()
         else:
-            tensors = self.make_inputs(1, states=3, dtype=dtype)
-            tensors["cu_seqlens"] = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+            tensors = self.make_inputs(1, states=3) | {"cu_seqlens": torch.tensor([0, 4, 4, 9])}
         return tensors | dict.fromkeys(absent)
 
     def steps(self, tensors: Tensors, begin: int, end: int) -> Tensors:
@@ -183,31 +186,23 @@ SCAN = Operator(
     parameters=("A", "D", "delta_bias"),
     flag="delta_softplus",
 )
-CONV_UPDATE = Operator(
-    "causal_conv1d_update",
-    _conv_update_inputs,
-    activations=CONV.activations,
-    parameters=CONV.parameters,
-    flag=CONV.flag,
-)
-SCAN_UPDATE = Operator(
-    "selective_state_update",
-    _scan_update_inputs,
-    activations=SCAN.activations,
-    parameters=SCAN.parameters,
-    flag=SCAN.flag,
-)
+CONV_UPDATE = replace(CONV, name="causal_conv1d_update", make_inputs=_conv_update_inputs)
+SCAN_UPDATE = replace(SCAN, name="selective_state_update", make_inputs=_scan_update_inputs)
 OVER_TIME = (CONV, SCAN)
 UPDATES = (CONV_UPDATE, SCAN_UPDATE)
 OPERATORS = OVER_TIME + UPDATES
 
+
+def subsets(names: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    return chain.from_iterable(combinations(names, n) for n in range(len(names) + 1))
+
+
 over_time = pytest.mark.parametrize("op", OVER_TIME, ids=str)
 updates = pytest.mark.parametrize("op", UPDATES, ids=str)
-operators = pytest.mark.parametrize("op", OPERATORS, ids=str)
-
-
-def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return list(chain.from_iterable(combinations(names, n) for n in range(len(names) + 1)))
+all_operators = pytest.mark.parametrize("op", OPERATORS, ids=str)
+absences = pytest.mark.parametrize(
+    ("op", "absent"), [(op, names) for op in OPERATORS for names in subsets(op.optional)], ids=str
+)
 
 
 def as_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -221,13 +216,10 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.kept: list[tuple[str, dict[str, Any], Any]] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        names = (argument.name for argument in func._schema.arguments)
-        arguments = dict(zip(names, args, strict=False)) | (kwargs or {})
-        self.kept.append((func.name(), arguments, output))
+        names = [argument.name for argument in func._schema.arguments]
+        self.kept.append((func.name(), dict(zip(names, args, strict=False)), output))
         return output
 
     def of(self, name: str) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,20 +15,17 @@ from compare import (
     assert_matches_reference,
     assert_same_bits,
     boundaries,
+    packing,
     results,
 )
-from operators import CONV, OPERATORS, OVER_TIME, SCAN, Operator, over_time, updates
+from operators import CONV, OPERATORS, OVER_TIME, SCAN, Operator, Tensors, over_time, updates
 
-pytestmark = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
-)
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True),
+]
 
 OVERLOADS = [op.overload for op in OPERATORS] + [op.backward for op in OVER_TIME]
-
-
-@pytest.fixture(autouse=True)
-def _on(device: torch.device) -> torch.device:
-    return device
 
 
 @pytest.mark.usefixtures("emulated")
@@ -117,8 +116,7 @@ def test_time_in_one_piece_and_in_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", str(multiprocessors))
-    cu_seqlens = None if lengths is None else boundaries(lengths)
-    states = None if lengths is None else len(lengths)
+    states, cu_seqlens = packing(lengths)
     tensors = SCAN.make_inputs(1, 190, 70, d_state, states=states)
     chunks = torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1)
     assert (chunks > 1) == (multiprocessors > 1)
@@ -130,18 +128,27 @@ def test_chunks_of_no_groups() -> None:
         torch.ops.mambablock.selective_scan_chunks(torch.ones(2, 3, 4), 0)
 
 
+def in_chunks_and_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch, scan: Any, tensors: Tensors, least: int = 2, **options: Any
+) -> list[dict[str, Tensor]]:
+    found = []
+    for multiprocessors in (1000, 1):
+        monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", str(multiprocessors))
+        chunks = torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1)
+        assert (chunks >= least) == (multiprocessors > 1)
+        found.append(results(scan, tensors, **options))
+    return found
+
+
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_more_chunks_than_are_combined_at_once(
     reverse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", "1000")
-    tensors = SCAN.make_inputs(1, 9000, 1, 1)
-    assert torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1) > 128
-    got = results(SCAN, tensors, reverse=reverse)
     # The reference's gradients take long here.
-    monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", "1")
-    assert_float64_equal(got, results(SCAN, tensors, reverse=reverse))
+    tensors = SCAN.make_inputs(1, 9000, 1, 1)
+    found = in_chunks_and_in_one_piece(monkeypatch, SCAN, tensors, least=129, reverse=reverse)
+    assert_float64_equal(*found)
 
 
 @pytest.mark.usefixtures("emulated")

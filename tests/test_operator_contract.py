@@ -19,9 +19,9 @@ from compare import (
     assert_same_bits,
     boundaries,
     gradients,
+    packing,
     results,
     reversed_strides,
-    rows_of,
     time_last,
 )
 from operators import (
@@ -29,31 +29,25 @@ from operators import (
     CONV_UPDATE,
     DTYPES,
     LOW_PRECISION,
-    OPERATORS,
     OVER_TIME,
     SCAN,
     SCAN_UPDATE,
     Operator,
-    operators,
+    absences,
+    all_operators,
     over_time,
-    subsets,
 )
 
 pytestmark = pytest.mark.usefixtures("device")
 
 
-# Numbers
-
-
-@pytest.mark.parametrize(
-    ("op", "absent"), [(op, absent) for op in OPERATORS for absent in subsets(op.optional)], ids=str
-)
+@absences
 @pytest.mark.parametrize("flag", [False, True])
 def test_optional_arguments(op: Operator, absent: tuple[str, ...], flag: bool) -> None:
     assert_matches_reference(op, op.inputs_without(*absent), **{op.flag: flag})
 
 
-@operators
+@all_operators
 def test_no_batch(op: Operator) -> None:
     assert_matches_reference(op, op.make_inputs(0))
 
@@ -126,35 +120,33 @@ def test_strides_shapes_and_options(op: Operator, data: st.DataObject) -> None:
         found = function(**leaves, **options)
         # The gradient of a sum is expanded: every element of dy is the same one in memory.
         losses = [t.sum() for t in found] if summed else found
-        return dict(enumerate((*found, *gradients(losses, list(leaves.values())))))
+        return {str(i): t for i, t in enumerate((*found, *gradients(losses, [*leaves.values()])))}
 
     # Without softplus, dt may be negative and the scan's state grow.
     tolerance = 1e-9 if op is SCAN else 1e-10
     assert_float64_equal(outputs(op), outputs(op.reference), tolerance)
 
 
-GRADCHECKS: list[tuple[Operator, tuple[int, ...], dict[str, Any]]] = [
-    *((CONV, (2, 5, 2), {"reverse": reverse}) for reverse in (False, True)),
-    *((SCAN, (2, 5, 3, 2), {"reverse": reverse}) for reverse in (False, True)),
-    (SCAN, (1, 6, 4, 2, 2), {"cu_seqlens": [2, 0, 4], "delta_softplus": False}),
+GRADCHECKS: list[tuple[Operator, tuple[int, ...], tuple[str, ...], dict[str, Any]]] = [
+    *((CONV, (2, 5, 2), (), {"reverse": reverse}) for reverse in (False, True)),
+    *((SCAN, (2, 5, 3, 2), (), {"reverse": reverse}) for reverse in (False, True)),
+    (SCAN, (1, 6, 4, 2, 2), (), {"cu_seqlens": [0, 2, 2, 6], "delta_softplus": False}),
 ]
 
 
-@pytest.mark.parametrize(("op", "sizes", "options"), GRADCHECKS, ids=str)
-def test_gradcheck(op: Operator, sizes: tuple[int, ...], options: dict[str, Any]) -> None:
-    lengths = options.get("cu_seqlens")
-    states = None if lengths is None else len(lengths)
-    if lengths is not None:
-        options = options | {"cu_seqlens": boundaries(lengths)}
-    tensors = {n: t.requires_grad_() for n, t in op.make_inputs(*sizes, states=states).items()}
+@pytest.mark.parametrize(("op", "sizes", "in_float32", "options"), GRADCHECKS, ids=str)
+def test_gradcheck(
+    op: Operator, sizes: tuple[int, ...], in_float32: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    if "cu_seqlens" in options:
+        options = options | {"cu_seqlens": torch.tensor(options["cu_seqlens"])}
+    tensors = op.make_inputs(*sizes, states=3 if "cu_seqlens" in options else None)
+    options = options | {name: tensors.pop(name).float() for name in in_float32}
 
     def function(*values: Tensor) -> tuple[Tensor, Tensor]:
         return op(**dict(zip(tensors, values, strict=True)), **options)
 
-    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
-
-
-# Bits
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in tensors.values()])
 
 
 @over_time
@@ -208,9 +200,10 @@ LAYOUTS += [(CONV, [300]), (CONV, [3, 0, 66, 231])]
 def test_memory_layouts_give_the_same_bits(
     op: Operator, lengths: list[int], dtype: torch.dtype, d_inner: int, reverse: bool
 ) -> None:
-    # Several blocks of channels, the last one no whole number of vectors.
-    batch, states, cu_seqlens = rows_of(lengths)
-    tensors = op.make_inputs(batch, sum(lengths), d_inner, states=states, dtype=dtype)
+    # Several blocks of channels, the last not a whole number of vectors.
+    packed = len(lengths) > 1
+    states, cu_seqlens = packing(lengths if packed else None)
+    tensors = op.make_inputs(1 if packed else 2, sum(lengths), d_inner, states=states, dtype=dtype)
     first, *others = op.activations
     dy, dfinal_state = (torch.randn_like(tensors[name]) for name in (first, "initial_state"))
 
@@ -228,8 +221,7 @@ def test_memory_layouts_give_the_same_bits(
         (transposed, dy),
         (all_but_first, time_last(dy)),
     ):
-        same = zip(bits(tensors | memory, gradient), expected, strict=True)
-        assert all(torch.equal(a, b) for a, b in same)
+        assert_same_bits(bits(tensors | memory, gradient), expected)
 
 
 LARGE: list[tuple[Operator, tuple[int, ...]]] = [
@@ -255,11 +247,10 @@ def test_threads_give_the_same_bits(op: Operator, sizes: tuple[int, ...]) -> Non
         assert_same_bits(result, found[0])
 
 
-@operators
+@all_operators
 def test_poisoned_memory_does_not_show(op: Operator) -> None:
-    tensors = op.make_inputs(d_inner=5, dtype=torch.float32)
-    if not op.is_update:
-        tensors = op.make_inputs(1, 70, 5, dtype=torch.float32)
+    sizes = {} if op.is_update else {"batch": 1, "length": 70}
+    tensors = op.make_inputs(**sizes, d_inner=5, dtype=torch.float32)
     expected = results(op, tensors)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

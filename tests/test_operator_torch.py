@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.library import opcheck
 
 from compare import assert_float64_equal, assert_same_bits, results
-from operators import CONV, SCAN, Operator, operators, over_time, updates
+from operators import CONV, SCAN, Operator, all_operators, over_time, updates
 
 pytestmark = pytest.mark.usefixtures("device")
 
-
-# The operator itself, its inputs' options, and save_states.
+# The operator, its inputs' options, and save_states.
 FORWARDS: list[tuple[Operator, dict[str, Any], bool]] = [
     (CONV, {}, False),
     *((SCAN, {"groups": 2}, save_states) for save_states in (False, True)),
@@ -44,18 +43,18 @@ def test_opcheck_backward(op: Operator) -> None:
 @updates
 @pytest.mark.parametrize("absent", [(), ("state_indices",)])
 def test_opcheck_update(op: Operator, absent: tuple[str, ...]) -> None:
-    opcheck(op.overload, (), op.arguments(**op.inputs_without(*absent, dtype=torch.float32)))
+    opcheck(op.overload, (), op.arguments(**op.inputs_without(*absent)))
 
 
-def direct(op: Operator, save_states: bool = False, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+def direct(op: Operator, **given: Any) -> tuple[Tensor, Tensor]:
     """y and the final state, from torch.ops."""
-    return op.overload(*op.arguments(**tensors, save_states=save_states).values())[:2]
+    return op.overload(*op.arguments(**given).values())[:2]
 
 
 @pytest.mark.parametrize(("op", "sizes", "save_states"), FORWARDS, ids=str)
 def test_direct_call_differentiates(op: Operator, sizes: dict[str, Any], save_states: bool) -> None:
     tensors = op.make_inputs(**sizes)
-    got = results(partial(direct, op, save_states), tensors)
+    got = results(partial(direct, op), tensors, save_states=save_states)
     assert_float64_equal(got, results(op, tensors))
 
 
@@ -114,14 +113,14 @@ def test_vmap_over_any_dimension(op: Operator, dim: int) -> None:
         torch.testing.assert_close(tuple(t[i] for t in got), call(*row))
 
 
-@operators
+@all_operators
 def test_compiles_fullgraph(op: Operator) -> None:
     tensors = op.make_inputs(dtype=torch.float32)
     compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
     assert_same_bits(results(compiled, tensors, **op.options), results(op, tensors))
 
 
-@operators
+@all_operators
 def test_autocast_casts_activations_alone(op: Operator, device: torch.device) -> None:
     with torch.autocast(device.type, torch.bfloat16):
         y, state, *_ = results(op, op.make_inputs(dtype=torch.float32)).values()
@@ -129,7 +128,7 @@ def test_autocast_casts_activations_alone(op: Operator, device: torch.device) ->
     assert state.dtype == torch.float32
 
 
-@operators
+@all_operators
 def test_meta(op: Operator) -> None:
     tensors = op.make_inputs()
     expected = results(op, tensors)

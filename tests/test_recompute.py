@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compare import gradients
+from blocks import assert_same
+from compare import assert_same_bits, gradients
 from mambablock import MambaBlock
 from operators import Calls
 
@@ -48,18 +49,13 @@ def test_same_bits(rows: int, options: dict[str, Any], dtype: torch.dtype) -> No
     options = {name: torch.tensor(values) for name, values in options.items()}
     keeping, recomputing = make_pair(dtype=dtype)
     hidden = torch.randn(rows, LENGTH, 6, dtype=dtype)
-    sequences = 3 if "cu_seqlens" in options else rows
-    state = keeping.allocate_state(sequences)
-    for mine, expected in zip(
-        results(recomputing, hidden, state, **options),
-        results(keeping, hidden, state, **options),
-        strict=True,
-    ):
-        assert torch.equal(mine, expected)
+    state = keeping.allocate_state(3 if "cu_seqlens" in options else rows)
+    expected = results(keeping, hidden, state, **options)
+    assert_same_bits(results(recomputing, hidden, state, **options), expected)
 
 
 def bytes_kept(block: MambaBlock, hidden: Tensor) -> int:
-    """By the backward, each memory once, without the parameters."""
+    """What autograd keeps for the backward, each storage once, without the parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -96,8 +92,7 @@ def test_under_autocast(device: torch.device) -> None:
     keeping, recomputing = make_pair(dtype=torch.float32)
     hidden = torch.randn(BATCH, LENGTH, 6)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        expected, got = results(keeping, hidden), results(recomputing, hidden)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert_same_bits(results(recomputing, hidden), results(keeping, hidden))
 
 
 def test_with_hooks_and_without_gradients() -> None:
@@ -117,9 +112,6 @@ def test_compiles() -> None:
     torch.compiler.reset()
     compiled = torch.compile(recomputing, fullgraph=True, backend="aot_eager")
     hidden = torch.randn(BATCH, LENGTH, 6, dtype=torch.float64)
-    leaves = list(recomputing.parameters())
     expected = torch.autograd.grad(keeping(hidden).sum(), list(keeping.parameters()))
-    # The compiler may fuse: float64 rounding.
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(hidden).sum(), leaves), expected, rtol=1e-9, atol=1e-11
-    )
+    got = torch.autograd.grad(compiled(hidden).sum(), list(recomputing.parameters()))
+    assert_same(got, expected)  # the compiler may fuse

@@ -83,10 +83,7 @@ def test_steps_are_the_full_ops(op: Operator, step: Operator) -> None:
         assert torch.equal(state, final_state)
 
 
-on_the_host = pytest.mark.cpu_kernels("on CUDA no value of state_indices is read on the host")
-
-
-@on_the_host
+@pytest.mark.cpu_kernels("on CUDA no value of state_indices is read on the host")
 @updates
 @pytest.mark.parametrize(
     ("values", "message"),
