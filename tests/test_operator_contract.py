@@ -29,6 +29,7 @@ from operators import (
     CONV_UPDATE,
     DTYPES,
     LOW_PRECISION,
+    OPERATORS,
     OVER_TIME,
     SCAN,
     SCAN_UPDATE,
@@ -36,6 +37,7 @@ from operators import (
     absences,
     all_operators,
     over_time,
+    subsets,
 )
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -45,6 +47,15 @@ pytestmark = pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("flag", [False, True])
 def test_optional_arguments(op: Operator, absent: tuple[str, ...], flag: bool) -> None:
     assert_matches_reference(op, op.inputs_without(*absent), **{op.flag: flag})
+
+
+@pytest.mark.parametrize(
+    ("op", "names"), [(op, n) for op in OPERATORS for n in subsets(op.parameters)], ids=str
+)
+def test_float32_parameters_beside_float64(op: Operator, names: tuple[str, ...]) -> None:
+    """Computed in float64, with gradients in float32."""
+    tensors = op.make_inputs()
+    assert_matches_reference(op, tensors | {name: tensors[name].float() for name in names})
 
 
 @all_operators
@@ -130,6 +141,7 @@ def test_strides_shapes_and_options(op: Operator, data: st.DataObject) -> None:
 GRADCHECKS: list[tuple[Operator, tuple[int, ...], tuple[str, ...], dict[str, Any]]] = [
     *((CONV, (2, 5, 2), (), {"reverse": reverse}) for reverse in (False, True)),
     *((SCAN, (2, 5, 3, 2), (), {"reverse": reverse}) for reverse in (False, True)),
+    *((op, (2, 5, 2), op.parameters, {}) for op in OVER_TIME),
     (SCAN, (1, 6, 4, 2, 2), (), {"cu_seqlens": [0, 2, 2, 6], "delta_softplus": False}),
 ]
 
