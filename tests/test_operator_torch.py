@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch import Tensor
 from torch.library import opcheck
 
 from compare import assert_float64_equal, assert_same_bits, results
-from operators import CONV, SCAN, Operator, all_operators, over_time, updates
+from mambablock import reference
+from operators import CONV, SCAN, Calls, Operator, absences, all_operators, over_time, updates
 
 pytestmark = pytest.mark.usefixtures("device")
+
+check_schema = partial(opcheck, test_utils=("test_schema", "test_faketensor"))
 
 # The operator, its inputs' options, and save_states.
 FORWARDS: list[tuple[Operator, dict[str, Any], bool]] = [
@@ -46,6 +50,28 @@ def test_opcheck_update(op: Operator, absent: tuple[str, ...]) -> None:
     opcheck(op.overload, (), op.arguments(**op.inputs_without(*absent)))
 
 
+@absences
+def test_schema_without(op: Operator, absent: tuple[str, ...]) -> None:
+    tensors = op.inputs_without(*absent)
+    check_schema(op.overload, (), op.arguments(**tensors))
+    if not op.is_update:
+        arguments = op.backward_arguments(**tensors)
+        check_schema(op.backward, (), arguments)
+        check_schema(op.backward, (), arguments | {"dfinal_state": None})
+
+
+@all_operators
+def test_argument_names_agree(op: Operator) -> None:
+    """In order, of the schema, the public function and the definition."""
+    expected = [name for name in op.schema if name != "save_states"]
+    for function in (op.function, getattr(reference, op.name)):
+        names = inspect.signature(function).parameters
+        assert [name for name in names if name != "return_final_state"] == expected
+    if not op.is_update:
+        arguments = op.backward._schema.arguments
+        assert [a.name for a in arguments] == list(op.backward_arguments(**op.make_inputs()))
+
+
 def direct(op: Operator, **given: Any) -> tuple[Tensor, Tensor]:
     """y and the final state, from torch.ops."""
     return op.overload(*op.arguments(**given).values())[:2]
@@ -56,6 +82,29 @@ def test_direct_call_differentiates(op: Operator, sizes: dict[str, Any], save_st
     tensors = op.make_inputs(**sizes)
     got = results(partial(direct, op), tensors, save_states=save_states)
     assert_float64_equal(got, results(op, tensors))
+
+
+@pytest.mark.parametrize("call", [Operator.__call__, direct])
+@pytest.mark.parametrize("used", [0, 1], ids=["y", "final_state"])
+@over_time
+def test_no_gradient_is_made_that_nobody_gave(op: Operator, used: int, call: Any) -> None:
+    tensors = {n: t.requires_grad_() for n, t in op.make_inputs(length=70).items()}
+    outputs = call(op, **tensors)
+    with Calls() as calls:
+        outputs[used].sum().backward()
+    (arguments,) = calls.of(f"mambablock::{op}_backward")
+    assert (arguments["dfinal_state"] is None) == (used == 0)
+    zeros = [output.shape for name, _, output in calls.kept if "zero" in name]
+    # dy is no optional argument.
+    assert len([shape for shape in zeros if shape.numel() >= outputs[1].numel()]) <= used
+
+
+@pytest.mark.parametrize("call", [Operator.__call__, direct])
+@over_time
+def test_gradients_of_the_final_state_alone(op: Operator, call: Any) -> None:
+    tensors = op.make_inputs()
+    got = results(lambda **t: call(op, **t)[1:], tensors)
+    assert_float64_equal(got, results(lambda **t: op.reference(**t)[1:], tensors))
 
 
 @over_time
