@@ -152,6 +152,73 @@ def test_more_chunks_than_are_combined_at_once(
 
 
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("state", ["zero", "small"])
+@pytest.mark.parametrize(
+    ("dtype", "dt", "small"), [(torch.float32, 1.5, 1e-30), (torch.float64, 12.0, 1e-250)]
+)
+@pytest.mark.parametrize("sign", [1, -1], ids=["A > 0", "dt < 0"])
+@pytest.mark.parametrize("lengths", [None, [3, 187]])
+@pytest.mark.parametrize("d_state", [1, 20])
+def test_overflowing_decay_of_a_chunk(
+    state: str,
+    dtype: torch.dtype,
+    dt: float,
+    small: float,
+    sign: int,
+    lengths: list[int] | None,
+    d_state: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where no state overflows, and no decay of a step."""
+    states, cu_seqlens = packing(lengths)
+    tensors = SCAN.make_inputs(1, 190, 70, d_state, states=states, dtype=dtype)
+    tensors = {n: tensors[n].abs() for n in ("u", "delta", "A", "B", "C", "initial_state")}
+    tensors["A"].clamp_(0.95, 1).mul_(sign)
+    tensors["delta"].fill_(sign * dt)
+    if state == "zero":
+        # Before the last steps, as is its gradient after the first.
+        tensors["u"][:, :170], tensors["initial_state"] = 0, None
+    else:
+        # It grows in the second chunk of three, of 64 steps.
+        tensors["u"].zero_()
+        tensors["delta"][:, :64] = tensors["delta"][:, 128:] = 0
+        tensors["initial_state"].fill_(small)
+
+    def scan(**tensors: Tensor) -> tuple[Tensor, ...]:
+        y, last = SCAN(**tensors, delta_softplus=False, cu_seqlens=cu_seqlens)
+        used = y[:, :20] if state == "zero" else (last * small).sum()
+        return used, y.detach(), last.detach()
+
+    got, expected = in_chunks_and_in_one_piece(monkeypatch, scan, tensors)
+    for name, value in expected.items():
+        assert value.isfinite().all(), name
+        # The decays of 64 steps multiplied, of exponents that add up to 96 (768 in float64).
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=0)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("lengths", [None, [100, 248, 100]])
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "initial_state"])
+def test_nan_reaches_the_chunks_of_its_sequence(
+    lengths: list[int] | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From the fourth of seven chunks over another one into the next, where the sequence ends.
+    states, cu_seqlens = packing(lengths)
+    tensors = SCAN.make_inputs(1, 448, 70, 2, states=states)
+    channel_or_state_or_step = {"A": 0, "initial_state": (states or 1) // 2}.get(name, (0, 230))
+    tensors[name][channel_or_state_or_step] = float("nan")
+    got, expected = in_chunks_and_in_one_piece(
+        monkeypatch, SCAN, tensors, least=7, cu_seqlens=cu_seqlens
+    )
+    assert expected["output 0"][:, 340].isnan().any()
+    for output, value in expected.items():
+        torch.testing.assert_close(
+            got[output], value, rtol=1e-10, atol=1e-10, equal_nan=True, msg=output
+        )
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("shared_memory", [64 << 10, 227 << 10])
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
