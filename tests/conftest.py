@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device that a test runs on, and what is set up before any of them."""
+"""Set-up and fixtures: the device of a test, emulated CUDA kernels, Hypothesis, the seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if EMULATION:
     torch.ops.load_library(EMULATION)
     TIME_TILE["cpu"] = TIME_TILE["cuda"]
 
-# Set by make gpu-check, where a device that goes missing is no reason to skip.
+# Set by make gpu-check, where a missing device is a failure.
 REQUIRE_CUDA = "MAMBABLOCK_REQUIRE_CUDA" in os.environ
 
 hypothesis.settings.register_profile("mambablock", max_examples=60, deadline=None)
@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("mambablock")
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where tensors are made that name no device; with emulated kernels, for "cuda" too the CPU."""
+    """The default device of new tensors; with emulated kernels, the CPU for "cuda" too."""
     cuda = request.param == "cuda"
     if cuda and (marker := request.node.get_closest_marker("cpu_kernels")):
         pytest.skip(marker.args[0])
@@ -46,7 +46,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 @pytest.fixture
 def emulated() -> None:
-    """For what only emulated CUDA kernels can be asked for, such as another device."""
+    """For tests that set properties of the device, which only the emulation allows."""
     if not EMULATION:
         pytest.skip("no kernel is emulated")
 

@@ -88,7 +88,7 @@ def _one_step(op: Operator, tensors: Tensors) -> Tensors:
 
 @dataclass(frozen=True, repr=False)
 class Operator:
-    """Called, it is the public function with its flag set, and with the final state."""
+    """An operator. Calling it calls the public function, flag set, with the final state."""
 
     name: str
     make_inputs: Callable[..., Tensors]  # in the schema's order, all but cu_seqlens, state_indices
@@ -149,7 +149,7 @@ class Operator:
         return {name: given[name] for name in self.schema}
 
     def backward_arguments(self, **given: Any) -> dict[str, Any]:
-        """The same for the backward, where the outputs serve as their gradients."""
+        """The same for the backward, with the outputs in place of their gradients."""
         forward = self.arguments(**given)
         outputs = zip(
             ("dy", "dfinal_state", "saved_states"), self.overload(**forward), strict=False
@@ -210,18 +210,18 @@ def as_dtype(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 class Calls(TorchDispatchMode):
-    """Keeps what runs: each operator's name, its arguments by name, and its output."""
+    """Records the operators that run: name, arguments by name, output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: list[tuple[str, dict[str, Any], Any]] = []
+        self.recorded: list[tuple[str, dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         names = [argument.name for argument in func._schema.arguments]
-        self.kept.append((func.name(), dict(zip(names, args, strict=False)), output))
+        self.recorded.append((func.name(), dict(zip(names, args, strict=False)), output))
         return output
 
     def of(self, name: str) -> list[dict[str, Any]]:
         """The arguments of each call of an operator."""
-        return [arguments for called, arguments, _ in self.kept if called == name]
+        return [arguments for called, arguments, _ in self.recorded if called == name]

@@ -169,17 +169,17 @@ def test_overflowing_decay_of_a_chunk(
     d_state: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where no state overflows, and no decay of a step."""
+    """The decay of a chunk overflows, though no state does, nor the decay of any step."""
     states, cu_seqlens = packing(lengths)
     tensors = SCAN.make_inputs(1, 190, 70, d_state, states=states, dtype=dtype)
     tensors = {n: tensors[n].abs() for n in ("u", "delta", "A", "B", "C", "initial_state")}
     tensors["A"].clamp_(0.95, 1).mul_(sign)
     tensors["delta"].fill_(sign * dt)
     if state == "zero":
-        # Before the last steps, as is its gradient after the first.
+        # Zero before the last steps, and its gradient is zero after the first.
         tensors["u"][:, :170], tensors["initial_state"] = 0, None
     else:
-        # It grows in the second chunk of three, of 64 steps.
+        # It grows in the second of three chunks, over 64 steps.
         tensors["u"].zero_()
         tensors["delta"][:, :64] = tensors["delta"][:, 128:] = 0
         tensors["initial_state"].fill_(small)

@@ -173,7 +173,7 @@ def test_direct_call_without_a_tensor(op: Operator, name: str) -> None:
     ids=str,
 )
 def test_flag_that_is_no_bool(op: Operator, flag: str) -> None:
-    """PyTorch's dispatcher says so."""
+    """Refused by PyTorch's dispatcher."""
     message = f"{op}.* 'bool' for argument '{flag}' but instead found type 'str'"
     with pytest.raises(RuntimeError, match=message):
         op(**op.make_inputs(), **{flag: "yes"})

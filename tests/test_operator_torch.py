@@ -94,7 +94,7 @@ def test_no_gradient_is_made_that_nobody_gave(op: Operator, used: int, call: Any
         outputs[used].sum().backward()
     (arguments,) = calls.of(f"mambablock::{op}_backward")
     assert (arguments["dfinal_state"] is None) == (used == 0)
-    zeros = [output.shape for name, _, output in calls.kept if "zero" in name]
+    zeros = [output.shape for name, _, output in calls.recorded if "zero" in name]
     # dy is no optional argument.
     assert len([shape for shape in zeros if shape.numel() >= outputs[1].numel()]) <= used
 
