@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -58,16 +57,6 @@ def compose(
     )
     y = ((y + p["D"] * x) * F.silu(z)).to(x.dtype)
     return F.linear(y, p["out_proj.weight"], p.get("out_proj.bias")), MambaState(conv, ssm)
-
-
-def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a sum of the outputs with fixed random weights; zeros for an unused input."""
-    generator = torch.Generator().manual_seed(1)
-    weights = [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64, device="cpu").to(o)
-        for o in outputs
-    ]
-    return torch.autograd.grad(outputs, inputs, weights, materialize_grads=True, retain_graph=True)
 
 
 def trained(block: MambaBlock, *others: Tensor) -> list[Tensor]:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blocks import assert_same, compose, gradients, make_block, random_state, trained
+from blocks import assert_same, compose, make_block, random_state, trained
+from compare import gradients
 from mambablock import MambaBlock, MambaState
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -11,12 +11,12 @@ from blocks import (
     Adapted,
     assert_same,
     compose,
-    gradients,
     make_block,
     ragged_mask,
     random_state,
     trained,
 )
+from compare import gradients
 from mambablock import MambaState
 
 pytestmark = pytest.mark.usefixtures("device")

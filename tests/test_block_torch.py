@@ -15,12 +15,12 @@ from torch import Tensor
 from blocks import (
     Adapted,
     assert_same,
-    gradients,
     make_block,
     ragged_mask,
     random_state,
     trained,
 )
+from compare import gradients
 from mambablock import MambaBlock
 
 pytestmark = pytest.mark.usefixtures("device")

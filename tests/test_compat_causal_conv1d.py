@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import gradients
+from compare import results as gradients
 from mambablock.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
 pytestmark = pytest.mark.usefixtures("device")

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import assert_float64_equal, gradients
+from compare import assert_float64_equal
+from compare import results as gradients
 from mambablock import MambaBlock
 from mambablock.compat.mamba_ssm import (
     Mamba,

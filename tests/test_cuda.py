@@ -9,55 +9,40 @@ import pytest
 import torch
 from torch import Tensor
 
-import mambablock
-import test_causal_conv1d
-import test_selective_scan
-import test_updates
-from conftest import (
-    EMULATION,
+from compare import (
     assert_as_exact_as_pytorch,
     assert_float64_equal,
+    assert_matches_reference,
+    assert_same_bits,
     boundaries,
-    gradients,
+    packing,
+    results,
 )
-from mambablock import reference
+from operators import CONV, OPERATORS, OVER_TIME, SCAN, Operator, Tensors, over_time, updates
 
-pytestmark = pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
-)
+pytestmark = [
+    pytest.mark.usefixtures("device"),
+    pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True),
+]
 
-OPERATORS = (
-    "causal_conv1d",
-    "causal_conv1d_backward",
-    "causal_conv1d_update",
-    "selective_scan",
-    "selective_scan_backward",
-    "selective_state_update",
-)
+OVERLOADS = [op.overload for op in OPERATORS] + [op.backward for op in OVER_TIME]
 
 
-@pytest.fixture(autouse=True)
-def _on(device: torch.device) -> torch.device:
-    return device
-
-
-@pytest.mark.skipif(not EMULATION, reason="no kernel is emulated")
-@pytest.mark.parametrize("op", OPERATORS)
-def test_emulated_kernels_are_in_place(op: str) -> None:
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("overload", OVERLOADS, ids=str)
+def test_emulated_kernels_are_in_place(overload: torch._ops.OpOverload) -> None:
     # The first kernel of a key is the active one.
-    kernels = torch._C._dispatch_dump(f"mambablock::{op}").split("\nCPU")
+    kernels = torch._C._dispatch_dump(overload.name()).split("\nCPU")
     assert "registered at emulated/csrc/" in kernels[1]
 
 
-def packed_gradients(op: str, values: list[int], reverse: bool) -> dict[str, Tensor]:
+def packed_results(op: Operator, values: list[int], reverse: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    module = test_causal_conv1d if op == "causal_conv1d" else test_selective_scan
-    tensors = module.make_inputs(1, 9, 5, 3, states=len(values) - 1)
-    options = module.OPTIONS | {"cu_seqlens": torch.tensor(values), "reverse": reverse}
-    return gradients(lambda **t: getattr(mambablock, op)(**t, **options), tensors)
+    tensors = op.make_inputs(1, 9, 5, 3, states=len(values) - 1)
+    return results(op, tensors, cu_seqlens=torch.tensor(values), reverse=reverse)
 
 
-@pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan"])
+@over_time
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(
     ("values", "taken_for"),
@@ -71,74 +56,54 @@ def packed_gradients(op: str, values: list[int], reverse: bool) -> dict[str, Ten
     ],
 )
 def test_no_value_of_cu_seqlens_leads_out_of_bounds(
-    op: str, reverse: bool, values: list[int], taken_for: list[int]
+    op: Operator, reverse: bool, values: list[int], taken_for: list[int]
 ) -> None:
-    got = packed_gradients(op, values, reverse)
-    for name, expected in packed_gradients(op, taken_for, reverse).items():
-        assert torch.equal(got[name], expected), name
+    expected = packed_results(op, taken_for, reverse)
+    assert_same_bits(packed_results(op, values, reverse), expected)
 
 
+@updates
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_state_indices_past_the_end_are_padding(dtype: torch.dtype) -> None:
-    for name, tensors in (
-        ("causal_conv1d_update", test_updates.conv_inputs()),
-        ("selective_state_update", test_updates.scan_inputs()),
-    ):
-        results: list[tuple[Tensor, Tensor]] = []
-        for outside in (-1, 3, 2**30):
-            state = tensors["state"].clone()
-            indices = torch.tensor([1, outside, 0], dtype=dtype)
-            y = getattr(mambablock, name)(**(tensors | {"state": state}), state_indices=indices)
-            results.append((y, state))
-        assert not results[0][0][1].any()
-        assert torch.equal(results[0][1][2], tensors["state"][2])
-        for y, state in results[1:]:
-            assert torch.equal(y, results[0][0])
-            assert torch.equal(state, results[0][1])
+def test_state_indices_past_the_end_are_padding(op: Operator, dtype: torch.dtype) -> None:
+    tensors = op.make_inputs()
+    padding, *past_the_end = (
+        results(op, tensors | {"state_indices": torch.tensor([1, outside, 0], dtype=dtype)})
+        for outside in (-1, 3, 2**30)
+    )
+    assert not padding["y"][1].any()
+    assert torch.equal(padding["state"][2], tensors["state"][2])
+    for got in past_the_end:
+        assert_same_bits(got, padding)
 
 
+@over_time
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_more_sequences_than_a_block_has_threads(dtype: torch.dtype, reverse: bool) -> None:
-    lengths = [i % 3 for i in range(700)]
-    cu_seqlens = boundaries(lengths, dtype)
-    conv = test_causal_conv1d.make_inputs(1, sum(lengths), 2, states=len(lengths))
-    test_causal_conv1d.both(conv, cu_seqlens=cu_seqlens, reverse=reverse)
-    scan = test_selective_scan.make_inputs(1, sum(lengths), 2, 1, states=len(lengths))
-    test_selective_scan.both(scan, cu_seqlens=cu_seqlens, reverse=reverse)
-
-
-def scan_gradients() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    # In a type whose backward has blocks of more than one warp.
-    tensors = test_selective_scan.make_inputs(1, 150, 70, 16, dtype=torch.bfloat16)
-    options: dict[str, Any] = test_selective_scan.OPTIONS
-    return gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors)
-
-
-def conv_gradients() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    tensors = test_causal_conv1d.make_inputs(2, 150, 130, dtype=torch.float32)
-    options: dict[str, Any] = test_causal_conv1d.OPTIONS
-    return gradients(lambda **t: mambablock.causal_conv1d(**t, **options), tensors)
-
-
-@pytest.mark.parametrize("results", [conv_gradients, scan_gradients])
-def test_any_order_of_threads_gives_the_same_bits(
-    results: Any, monkeypatch: pytest.MonkeyPatch
+def test_more_sequences_than_a_block_has_threads(
+    op: Operator, dtype: torch.dtype, reverse: bool
 ) -> None:
-    expected = results()
+    lengths = [i % 3 for i in range(700)]
+    tensors = op.make_inputs(1, sum(lengths), 2, 1 if op is SCAN else 4, states=len(lengths))
+    assert_matches_reference(op, tensors, cu_seqlens=boundaries(lengths, dtype), reverse=reverse)
+
+
+# The scan's in a type whose backward has blocks of more than one warp.
+SEVERAL_WARPS = [(CONV, (2, 150, 130), torch.float32), (SCAN, (1, 150, 70, 16), torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("op", "sizes", "dtype"), SEVERAL_WARPS, ids=str)
+def test_any_order_of_threads_gives_the_same_bits(
+    op: Operator, sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = op.make_inputs(*sizes, dtype=dtype)
+    expected = results(op, tensors)
     for seed in range(100, 103):
         # A device has an order of its own each time.
         monkeypatch.setenv("MAMBABLOCK_EMULATION_SEED", str(seed))
-        for name, value in results().items():
-            assert torch.equal(value, expected[name]), name
+        assert_same_bits(results(op, tensors), expected)
 
 
-emulated = pytest.mark.skipif(not EMULATION, reason="a device has what it has")
-
-
-@emulated
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("multiprocessors", [1, 1000])
 @pytest.mark.parametrize("lengths", [None, [0, 3, 140, 0, 1, 46], [190]])
 @pytest.mark.parametrize("reverse", [False, True])
@@ -151,12 +116,11 @@ def test_time_in_one_piece_and_in_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", str(multiprocessors))
-    cu_seqlens = None if lengths is None else boundaries(lengths)
-    states = None if lengths is None else len(lengths)
-    tensors = test_selective_scan.make_inputs(1, 190, 70, d_state, states=states)
+    states, cu_seqlens = packing(lengths)
+    tensors = SCAN.make_inputs(1, 190, 70, d_state, states=states)
     chunks = torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1)
     assert (chunks > 1) == (multiprocessors > 1)
-    test_selective_scan.both(tensors, cu_seqlens=cu_seqlens, reverse=reverse)
+    assert_matches_reference(SCAN, tensors, cu_seqlens=cu_seqlens, reverse=reverse)
 
 
 def test_chunks_of_no_groups() -> None:
@@ -164,23 +128,97 @@ def test_chunks_of_no_groups() -> None:
         torch.ops.mambablock.selective_scan_chunks(torch.ones(2, 3, 4), 0)
 
 
-@emulated
+def in_chunks_and_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch, scan: Any, tensors: Tensors, least: int = 2, **options: Any
+) -> list[dict[str, Tensor]]:
+    found = []
+    for multiprocessors in (1000, 1):
+        monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", str(multiprocessors))
+        chunks = torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1)
+        assert (chunks >= least) == (multiprocessors > 1)
+        found.append(results(scan, tensors, **options))
+    return found
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_more_chunks_than_are_combined_at_once(
     reverse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", "1000")
-    tensors = test_selective_scan.make_inputs(1, 9000, 1, 1)
-    assert torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1) > 128
     # The reference's gradients take long here.
-    options = test_selective_scan.OPTIONS | {"reverse": reverse}
-    got = gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors)
-    monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", "1")
-    expected = gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors)
-    assert_float64_equal(got, expected)
+    tensors = SCAN.make_inputs(1, 9000, 1, 1)
+    found = in_chunks_and_in_one_piece(monkeypatch, SCAN, tensors, least=129, reverse=reverse)
+    assert_float64_equal(*found)
 
 
-@emulated
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("state", ["zero", "small"])
+@pytest.mark.parametrize(
+    ("dtype", "dt", "small"), [(torch.float32, 1.5, 1e-30), (torch.float64, 12.0, 1e-250)]
+)
+@pytest.mark.parametrize("sign", [1, -1], ids=["A > 0", "dt < 0"])
+@pytest.mark.parametrize("lengths", [None, [3, 187]])
+@pytest.mark.parametrize("d_state", [1, 20])
+def test_overflowing_decay_of_a_chunk(
+    state: str,
+    dtype: torch.dtype,
+    dt: float,
+    small: float,
+    sign: int,
+    lengths: list[int] | None,
+    d_state: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The decay of a chunk overflows, though no state does, nor the decay of any step."""
+    states, cu_seqlens = packing(lengths)
+    tensors = SCAN.make_inputs(1, 190, 70, d_state, states=states, dtype=dtype)
+    tensors = {n: tensors[n].abs() for n in ("u", "delta", "A", "B", "C", "initial_state")}
+    tensors["A"].clamp_(0.95, 1).mul_(sign)
+    tensors["delta"].fill_(sign * dt)
+    if state == "zero":
+        # Zero before the last steps, and its gradient is zero after the first.
+        tensors["u"][:, :170], tensors["initial_state"] = 0, None
+    else:
+        # It grows in the second of three chunks, over 64 steps.
+        tensors["u"].zero_()
+        tensors["delta"][:, :64] = tensors["delta"][:, 128:] = 0
+        tensors["initial_state"].fill_(small)
+
+    def scan(**tensors: Tensor) -> tuple[Tensor, ...]:
+        y, last = SCAN(**tensors, delta_softplus=False, cu_seqlens=cu_seqlens)
+        used = y[:, :20] if state == "zero" else (last * small).sum()
+        return used, y.detach(), last.detach()
+
+    got, expected = in_chunks_and_in_one_piece(monkeypatch, scan, tensors)
+    for name, value in expected.items():
+        assert value.isfinite().all(), name
+        # The decays of 64 steps multiplied, of exponents that add up to 96 (768 in float64).
+        tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(got[name], value, rtol=tolerance, atol=0)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("lengths", [None, [100, 248, 100]])
+@pytest.mark.parametrize("name", ["u", "delta", "A", "B", "initial_state"])
+def test_nan_reaches_the_chunks_of_its_sequence(
+    lengths: list[int] | None, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From the fourth of seven chunks over another one into the next, where the sequence ends.
+    states, cu_seqlens = packing(lengths)
+    tensors = SCAN.make_inputs(1, 448, 70, 2, states=states)
+    channel_or_state_or_step = {"A": 0, "initial_state": (states or 1) // 2}.get(name, (0, 230))
+    tensors[name][channel_or_state_or_step] = float("nan")
+    got, expected = in_chunks_and_in_one_piece(
+        monkeypatch, SCAN, tensors, least=7, cu_seqlens=cu_seqlens
+    )
+    assert expected["output 0"][:, 340].isnan().any()
+    for output, value in expected.items():
+        torch.testing.assert_close(
+            got[output], value, rtol=1e-10, atol=1e-10, equal_nan=True, msg=output
+        )
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("shared_memory", [64 << 10, 227 << 10])
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -188,11 +226,4 @@ def test_backward_in_blocks_of_32_and_64_channels(
     shared_memory: int, groups: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MAMBABLOCK_EMULATION_SHARED_MEMORY", str(shared_memory))
-    tensors = test_selective_scan.make_inputs(2, 35, 140, 16, groups, dtype=dtype)
-    options = test_selective_scan.OPTIONS
-    exact = test_selective_scan.as_dtype(tensors, torch.float64)
-    assert_as_exact_as_pytorch(
-        gradients(lambda **t: mambablock.selective_scan(**t, **options), tensors),
-        gradients(lambda **t: reference.selective_scan(**t, **options), tensors),
-        gradients(lambda **t: reference.selective_scan(**t, **options), exact),
-    )
+    assert_as_exact_as_pytorch(SCAN, SCAN.make_inputs(2, 35, 140, 16, groups, dtype=dtype))

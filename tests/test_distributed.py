@@ -59,7 +59,7 @@ def sharded(model: nn.Module) -> nn.Module:
 
 
 def full(parameter: Tensor) -> Tensor:
-    """The whole of a parameter that may be sharded."""
+    """The unsharded parameter."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
@@ -78,13 +78,13 @@ def compare(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> None:
 
 def worker(rank: int, wrap: Callable[[nn.Module], nn.Module], rendezvous: str) -> None:
     torch.set_num_threads(1)
-    # The machine's name need not have an address.
+    # The host name need not resolve.
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES)
     try:
         compare(rank, wrap)
     finally:
-        # What still holds a group would take its threads down with the interpreter, which aborts.
+        # A process group that is freed only at interpreter shutdown aborts the process.
         gc.collect()
         dist.destroy_process_group()
 

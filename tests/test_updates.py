@@ -1,267 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""causal_conv1d_update and selective_state_update against their definitions and the full ops."""
+"""causal_conv1d_update and selective_state_update: one step, in place, of rows of a state."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
-import mambablock
-from mambablock import reference
+from compare import assert_matches_reference, reversed_strides
+from operators import CONV, CONV_UPDATE, DTYPES, SCAN, SCAN_UPDATE, Operator, updates
 
 pytestmark = pytest.mark.usefixtures("device")
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-
-def conv_inputs(
-    batch: int = 3, d_inner: int = 5, width: int = 4, dtype: torch.dtype = torch.float64
-) -> dict[str, Any]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        "state": torch.randn(batch, width - 1, d_inner, dtype=wide),
-        "x": torch.randn(batch, d_inner, dtype=torch.float64).to(dtype),
-        "weight": torch.randn(d_inner, width, dtype=wide),
-        "bias": torch.randn(d_inner, dtype=wide),
-    }
-
-
-def scan_inputs(
-    batch: int = 3,
-    d_inner: int = 4,
-    d_state: int = 3,
-    groups: int | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Any]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    group = () if groups is None else (groups,)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-    return {
-        "state": torch.randn(batch, d_inner, d_state, dtype=wide),
-        "u": random(batch, d_inner),
-        "delta": random(batch, d_inner),
-        "A": -torch.rand(d_inner, d_state, dtype=wide) * 2,
-        "B": random(batch, *group, d_state),
-        "C": random(batch, *group, d_state),
-        "D": torch.randn(d_inner, dtype=wide),
-        "z": random(batch, d_inner),
-        "delta_bias": torch.randn(d_inner, dtype=wide),
-    }
-
-
-def both(name: str, tensors: dict[str, Any], **options: Any) -> None:
-    """The op and its definition give the same y and state, to a rounding or two of their types."""
-    activations = tensors["x" if "x" in tensors else "u"]
-    results = []
-    for module in (mambablock, reference):
-        state = tensors["state"].clone()
-        y = getattr(module, name)(**(tensors | {"state": state}), **options)
-        results.append((y, state))
-    for got, expected in zip(*results, strict=True):
-        assert got.dtype == expected.dtype
-        # Sums of some dozen terms in another order, in the accumulator's type whatever the state's;
-        # lower types may round to the neighbour.
-        sums = 1e-12 if activations.dtype == torch.float64 else 1e-5
-        tolerance = max(10 * torch.finfo(got.dtype).eps, sums)
-        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
+@updates
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("state_dtype", DTYPES)
-def test_types(dtype: torch.dtype, state_dtype: torch.dtype) -> None:
-    conv, scan = conv_inputs(dtype=dtype), scan_inputs(dtype=dtype)
-    both("causal_conv1d_update", conv | {"state": conv["state"].to(state_dtype)}, silu=True)
-    both(
-        "selective_state_update",
-        scan | {"state": scan["state"].to(state_dtype)},
-        delta_softplus=True,
-    )
+def test_types(op: Operator, dtype: torch.dtype, state_dtype: torch.dtype) -> None:
+    tensors = op.make_inputs(dtype=dtype)
+    assert_matches_reference(op, tensors | {"state": tensors["state"].to(state_dtype)})
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("silu", [False, True])
 def test_conv_widths(width: int, silu: bool) -> None:
-    both("causal_conv1d_update", conv_inputs(width=width), silu=silu)
+    assert_matches_reference(CONV_UPDATE, CONV_UPDATE.make_inputs(width=width), silu=silu)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("d_inner", [1, 6, 2000])
 @pytest.mark.parametrize("d_state", [1, 5, 16, 17, 40])
 def test_scan_sizes(batch: int, d_inner: int, d_state: int) -> None:
-    both("selective_state_update", scan_inputs(batch, d_inner, d_state), delta_softplus=True)
+    assert_matches_reference(SCAN_UPDATE, SCAN_UPDATE.make_inputs(batch, d_inner, d_state))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_groups(groups: int) -> None:
-    both("selective_state_update", scan_inputs(2, 6, 3, groups))
+@pytest.mark.parametrize("delta_softplus", [False, True])
+def test_groups(groups: int, delta_softplus: bool) -> None:
+    tensors = SCAN_UPDATE.make_inputs(2, 6, 3, groups)
+    assert_matches_reference(SCAN_UPDATE, tensors, delta_softplus=delta_softplus)
 
 
-@pytest.mark.parametrize("absent", ["D", "z", "delta_bias"])
-def test_scan_optional_arguments(absent: str) -> None:
-    both("selective_state_update", scan_inputs() | {absent: None})
-
-
-def test_conv_without_bias() -> None:
-    both("causal_conv1d_update", conv_inputs() | {"bias": None})
-
-
+@updates
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_state_indices(dtype: torch.dtype) -> None:
+def test_state_indices(op: Operator, dtype: torch.dtype) -> None:
     indices = torch.tensor([5, -1, 0], dtype=dtype)
-    conv, scan = conv_inputs(), scan_inputs()
-    conv["state"], scan["state"] = (
-        torch.randn(7, 3, 5, dtype=torch.float64),
-        torch.randn(7, 4, 3, dtype=torch.float64),
-    )
-    both("causal_conv1d_update", conv, state_indices=indices)
-    both("selective_state_update", scan, state_indices=indices)
-    before = scan["state"].clone()
-    y = mambablock.selective_state_update(**scan, state_indices=indices)
-    assert torch.equal(y[1], torch.zeros_like(y[1]))
+    tensors = op.make_inputs()
+    state = tensors["state"] = torch.randn(7, *tensors["state"].shape[1:], dtype=torch.float64)
+    assert_matches_reference(op, tensors, state_indices=indices)
+    before = state.clone()
+    y = op(**tensors, state_indices=indices)
+    assert not y[1].any()
     untouched = [1, 2, 3, 4, 6]
-    assert torch.equal(scan["state"][untouched], before[untouched])
-    assert not torch.equal(scan["state"][5], before[5])
+    assert torch.equal(state[untouched], before[untouched])
+    assert not torch.equal(state[5], before[5])
 
 
-def test_strided_state_and_inputs() -> None:
-    conv, scan = conv_inputs(), scan_inputs()
-    for tensors, name in ((conv, "causal_conv1d_update"), (scan, "selective_state_update")):
-        for key, t in list(tensors.items()):
-            order = list(reversed(range(t.dim())))
-            tensors[key] = t.permute(order).contiguous().permute(order)
-        both(name, tensors)
-        state = tensors["state"].clone(memory_format=torch.preserve_format)
-        expected = tensors["state"].contiguous()
-        getattr(mambablock, name)(**(tensors | {"state": state}))
-        getattr(mambablock, name)(**(tensors | {"state": expected}))
-        assert torch.equal(state, expected)
+@updates
+def test_strided_state_and_inputs(op: Operator) -> None:
+    tensors = {name: reversed_strides(t) for name, t in op.make_inputs().items()}
+    assert_matches_reference(op, tensors)
+    state, expected = tensors["state"].clone(), tensors["state"].contiguous()
+    assert not state.is_contiguous()
+    op(**(tensors | {"state": state}))
+    op(**(tensors | {"state": expected}))
+    assert torch.equal(state, expected)
 
 
-def test_steps_are_the_full_ops() -> None:
-    length, conv, scan = 12, conv_inputs(2), scan_inputs(2)
-    # dt from -30 to 25, where softplus changes its form.
-    delta = torch.linspace(-30, 25, length, dtype=torch.float64).view(1, -1, 1).expand(2, -1, 4)
-    x = torch.randn(2, length, 5, dtype=torch.float64)
-    u, z = (torch.randn(2, length, 4, dtype=torch.float64) for _ in range(2))
-    B, C = (torch.randn(2, length, 3, dtype=torch.float64) for _ in range(2))
-    parameters = {key: scan[key] for key in ("A", "D", "delta_bias")}
-    full_conv, conv_state = mambablock.causal_conv1d(
-        x,
-        conv["weight"],
-        bias=conv["bias"],
-        silu=True,
-        initial_state=conv["state"],
-        return_final_state=True,
-    )
-    full_scan, scan_state = mambablock.selective_scan(
-        u,
-        delta,
-        **parameters,
-        B=B,
-        C=C,
-        z=z,
-        delta_softplus=True,
-        initial_state=scan["state"],
-        return_final_state=True,
-    )
+@pytest.mark.parametrize(("op", "step"), [(CONV, CONV_UPDATE), (SCAN, SCAN_UPDATE)], ids=str)
+def test_steps_are_the_full_ops(op: Operator, step: Operator) -> None:
+    length, tensors = 12, op.make_inputs(length=12)
+    if op is SCAN:
+        # dt from -30 to 25, where softplus changes its form.
+        delta = torch.linspace(-30, 25, length, dtype=torch.float64)
+        tensors["delta"] = delta.view(1, -1, 1).expand_as(tensors["u"])
+    y, final_state = op(**tensors)
+    state = tensors.pop("initial_state")
     for t in range(length):
-        y = mambablock.causal_conv1d_update(**(conv | {"x": x[:, t]}), silu=True)
-        torch.testing.assert_close(y, full_conv[:, t])
-        y = mambablock.selective_state_update(
-            scan["state"],
-            u[:, t],
-            delta[:, t],
-            **parameters,
-            B=B[:, t],
-            C=C[:, t],
-            z=z[:, t],
-            delta_softplus=True,
-        )
-        torch.testing.assert_close(y, full_scan[:, t])
-    assert torch.equal(conv["state"], conv_state)
-    torch.testing.assert_close(scan["state"], scan_state)
+        row = tensors | {name: tensors[name][:, t] for name in op.activations}
+        torch.testing.assert_close(step(state=state, **row), y[:, t])
+    torch.testing.assert_close(state, final_state)
+    if op is CONV:
+        assert torch.equal(state, final_state)
 
 
-def test_opcheck() -> None:
-    conv, scan = conv_inputs(dtype=torch.float32), scan_inputs(dtype=torch.float32)
-    torch.library.opcheck(
-        torch.ops.mambablock.causal_conv1d_update, (*conv.values(), True, torch.tensor([2, 0, -1]))
-    )
-    torch.library.opcheck(torch.ops.mambablock.selective_state_update, (*scan.values(), True, None))
-
-
-CONV_BAD_CALLS: list[tuple[str, Any, str]] = [
-    ("x", lambda t: t[0], r"x must be \(batch, d_inner\); got \(5,\)"),
-    ("x", lambda t: t.long(), "x must be float32, bfloat16, float16 or float64; got Long"),
-    ("state", lambda t: t[:2], "state must be of batch=3 rows; got 2"),
-    ("state", lambda t: t[:, 1:], r"state must be \(rows=3, d_conv - 1=3, d_inner=5\)"),
-    ("state", lambda t: t[0], r"state must be \(rows, d_conv - 1, d_inner\); got \(3, 5\)"),
-    ("state", lambda t: t.int(), "state must be float32, bfloat16, float16 or float64; got Int"),
-    ("weight", lambda t: t[1:], r"weight must be \(d_inner=5, d_conv=4\); got \(4, 4\)"),
-    ("weight", lambda t: t.half(), "weight must be float64; got float16"),
-    ("bias", lambda t: t[1:], r"bias must be \(d_inner=5\); got \(4,\)"),
-    ("state_indices", [0, 1], r"state_indices must be \(batch=3\); got \(2,\)"),
-    ("state_indices", [0.0, 1.0, 2.0], "state_indices must be int32 or int64; got float32"),
-]
-SCAN_BAD_CALLS: list[tuple[str, Any, str]] = [
-    ("u", lambda t: t[None], r"u must be \(batch, d_inner\); got \(1, 3, 4\)"),
-    ("delta", lambda t: t[:, :1], r"delta must be \(batch=3, d_inner=4\); got \(3, 1\)"),
-    ("delta", lambda t: t.half(), "delta must be float64 as u; got float16"),
-    ("A", lambda t: t[:, 0], r"A must be \(d_inner, d_state\); got \(4,\)"),
-    ("B", lambda t: t[:, :2], r"B must be \(batch=3, d_state=3\); got \(3, 2\)"),
-    ("C", lambda t: t.float(), "C must be float64 as u; got float32"),
-    ("D", lambda t: t[:1], r"D must be \(d_inner=4\); got \(1,\)"),
-    ("z", lambda t: t.mT, r"z must be \(batch=3, d_inner=4\); got \(4, 3\)"),
-    ("delta_bias", lambda t: t.half(), "delta_bias must be float64; got float16"),
-    ("state", lambda t: t.mT, r"state must be \(rows=3, d_inner=4, d_state=3\); got \(3, 3, 4\)"),
-]
-
-
-@pytest.mark.parametrize(("name", "change", "message"), CONV_BAD_CALLS)
-def test_conv_bad_calls(name: str, change: Any, message: str) -> None:
-    tensors = conv_inputs()
-    tensors[name] = torch.tensor(change) if isinstance(change, list) else change(tensors[name])
-    with pytest.raises(RuntimeError, match="causal_conv1d_update: " + message):
-        mambablock.causal_conv1d_update(**tensors)
-
-
-@pytest.mark.parametrize(("name", "change", "message"), SCAN_BAD_CALLS)
-def test_scan_bad_calls(name: str, change: Any, message: str) -> None:
-    tensors = scan_inputs()
-    tensors[name] = torch.tensor(change) if isinstance(change, list) else change(tensors[name])
-    with pytest.raises(RuntimeError, match="selective_state_update: " + message):
-        mambablock.selective_state_update(**tensors)
-
-
-on_the_host = pytest.mark.cpu_kernels("on CUDA no value of state_indices is read on the host")
-
-
-@on_the_host
+@pytest.mark.cpu_kernels("on CUDA no value of state_indices is read on the host")
+@updates
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([0, 1, 3], "state_indices must be below the state's 3 rows; got 3"),
-        ([1, 0, 1], "state_indices must be distinct; got 1 twice"),
+        ([0, 1, 3], "below the state's 3 rows; got 3"),
+        ([1, 0, 1], "distinct; got 1 twice"),
+        ([0, 1, 99], "below the state's 3 rows; got 99"),
     ],
 )
-def test_bad_values_of_state_indices(values: list[int], message: str) -> None:
-    indices = torch.tensor(values)
-    with pytest.raises(RuntimeError, match="causal_conv1d_update: " + message):
-        mambablock.causal_conv1d_update(**conv_inputs(), state_indices=indices)
-    with pytest.raises(RuntimeError, match="selective_state_update: " + message):
-        mambablock.selective_state_update(**scan_inputs(), state_indices=indices)
-
-
-@on_the_host
-def test_a_bad_call_changes_nothing() -> None:
-    tensors = scan_inputs()
+def test_bad_values_of_state_indices(op: Operator, values: list[int], message: str) -> None:
+    tensors = op.make_inputs()
     before = tensors["state"].clone()
-    with pytest.raises(RuntimeError):
-        mambablock.selective_state_update(**tensors, state_indices=torch.tensor([0, 1, 99]))
+    with pytest.raises(RuntimeError, match=f"{op}: state_indices must be {message}"):
+        op(**tensors, state_indices=torch.tensor(values))
     assert torch.equal(tensors["state"], before)
