@@ -6,6 +6,12 @@ VENV ?= .venv
 bin := $(VENV)/bin
 sources := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 nvcc := $(shell command -v nvcc)
+cuda_library := python/mambablock/libmambablock_cuda.so
+
+# Without a GPU nothing here runs the CUDA library, which takes most of a build's time; a wheel has it
+# as pip would build it.
+wheel_cuda := $(or $(MAMBABLOCK_CUDA),AUTO)
+export MAMBABLOCK_CUDA ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
 
 .PHONY: help test demo demo-hf bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
     gpu-memcheck gpu-racecheck gpu-bench wheel clean
@@ -23,8 +29,8 @@ help:
 	@echo 'make wheel     build a wheel into dist/'
 	@echo 'make clean     remove everything built, and the virtual environment'
 	@echo 'Variables: PYTHON=python3, VENV=.venv, MAX_JOBS=processes to compile with,'
-	@echo 'MAMBABLOCK_CUDA=AUTO, ON or OFF, TORCH_INDEX=package index to take torch from, such as'
-	@echo 'https://download.pytorch.org/whl/cpu'
+	@echo 'MAMBABLOCK_CUDA=AUTO, ON or OFF (by default AUTO where there is a GPU, else OFF),'
+	@echo 'TORCH_INDEX=package index to take torch from, such as https://download.pytorch.org/whl/cpu'
 
 test: $(VENV)/installed-test
 	$(bin)/python -m pytest $(ARGS)
@@ -54,14 +60,15 @@ sanitize: $(VENV)/requirements
 # The tests of the operators on emulated CUDA kernels, in some orders of threads, then under the
 # sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
 # these architectures.
-emulation_tests := $(addprefix tests/test_,cuda.py selective_scan.py causal_conv1d.py updates.py \
+emulation_tests := $(addprefix tests/test_,cuda.py operator_contract.py operator_errors.py \
+    operator_torch.py selective_scan.py causal_conv1d.py updates.py \
     block.py block_sequences.py block_torch.py recompute.py compat_mamba_ssm.py \
     compat_causal_conv1d.py)
 emulated := $(bin)/python -m pytest -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 
 cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0
-cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
+cuda-check: $(VENV)/installed-test $(if $(nvcc),$(cuda_library))
 	$(call build_emulation,emulation,ON)
 	$(call build_emulation,emulation-sanitize,SANITIZE)
 	for seed in 1 2 3; do \
@@ -74,7 +81,7 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 	@$(if $(nvcc),,echo 'found no nvcc: the CUDA library is not built, nor its machine code checked')
 	$(if $(nvcc),$(bin)/python -m pytest tests/test_sass.py)
 
-sass: $(VENV)/installed-sass
+sass: $(cuda_library)
 	$(call build_emulation,emulation,ON)
 	$(bin)/python -m benchmarks.sass $(ARGS)
 
@@ -122,6 +129,7 @@ define build_emulation
 endef
 
 # What an earlier build left in build/lib.* would go into the wheel.
+wheel: export MAMBABLOCK_CUDA := $(wheel_cuda)
 wheel: $(VENV)/requirements
 	rm -rf build/lib.*
 	$(bin)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
@@ -142,4 +150,9 @@ $(VENV)/requirements: pyproject.toml
 # The project, editable, with one of its groups of optional dependencies.
 $(VENV)/installed-%: $(VENV)/requirements $(sources)
 	$(bin)/python -m pip install --quiet --no-build-isolation --editable '.[$*]'
+	touch $@
+
+# The same with the CUDA library, and what reads its machine code.
+$(cuda_library): $(VENV)/requirements $(sources)
+	MAMBABLOCK_CUDA=ON $(bin)/python -m pip install --quiet --no-build-isolation --editable '.[sass]'
 	touch $@

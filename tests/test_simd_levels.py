@@ -19,9 +19,12 @@ def lower_levels() -> list[str]:
     return built[: built.index(info["simd_level"])]
 
 
+NAMES = ("causal_conv1d", "selective_scan", "updates", "operator_contract")
+
+
 @pytest.mark.parametrize("level", lower_levels())
 def test_operators(level: str) -> None:
-    tests = [f"tests/test_{name}.py" for name in ("causal_conv1d", "selective_scan", "updates")]
+    tests = [f"tests/test_{name}.py" for name in NAMES]
     command = [sys.executable, "-m", "pytest", "-x", "-k", "not gradcheck and not opcheck"]
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider", *tests],

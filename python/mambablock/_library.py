@@ -182,7 +182,7 @@ def differentiable(
         if dy is None:
             dy = arguments[0].new_zeros(()).expand(arguments[0].shape)
         # Where nobody differentiates again, without a Function's overhead.
-        function = twice.apply if torch.is_grad_enabled() else backward
+        function = backward_function.apply if torch.is_grad_enabled() else backward
         found = function(dy, dfinal_state, *saved, *arguments[:own])
         gradients = [None if a is None else g for a, g in zip(arguments, found, strict=False)]
         return (*gradients, *[None] * (len(arguments) - len(gradients)))
@@ -194,10 +194,13 @@ def differentiable(
         )
 
     dims = channels | outputs
-    once = _function(op, setup_context, run_backward)
-    twice = _function(f"{op}_backward", lambda *_: None, forbid_second_derivative)
+    forward_function = _function(op, setup_context, run_backward)
+    backward_function = _function(f"{op}_backward", lambda *_: None, forbid_second_derivative)
     torch.library.register_autograd(f"mambablock::{op}", run_backward, setup_context=setup_context)
-    for name, function, results in ((op, once, outputs), (f"{op}_backward", twice, channels)):
+    for name, function, results in (
+        (op, forward_function, outputs),
+        (f"{op}_backward", backward_function, channels),
+    ):
         function.vmap = staticmethod(_vmap_rule(name, function.apply, dims, results, grouped))
         torch.library.register_vmap(
             f"mambablock::{name}", _vmap_rule(name, _operator(name), dims, results, grouped)
@@ -211,7 +214,7 @@ def differentiable(
             and any(isinstance(a, Tensor) and a.requires_grad for a in arguments[:tensors])
             and not torch.compiler.is_exporting()
         )
-        function = once.apply if train else forward
+        function = forward_function.apply if train else forward
         results: tuple[Tensor, ...] = function(*arguments, *[train] * saves)
         return results
 

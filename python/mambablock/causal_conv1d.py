@@ -11,15 +11,15 @@ from typing_extensions import Unpack
 from . import _library as library
 
 
-def _check(a: Any) -> None:
-    op = "causal_conv1d"
-    library.check_shape(op, "x", a.x, batch=None, length=None, d_inner=None)
-    library.check_shape(op, "weight", a.weight, d_inner=a.x.shape[2], d_conv=None)
+def check_fake(op: str, a: Any, *dimensions: str) -> None:
+    """The sizes of fake tensors; `dimensions` are x's before d_inner: batch and, if any, length."""
+    library.check_shape(op, "x", a.x, **dict.fromkeys((*dimensions, "d_inner")))
+    library.check_shape(op, "weight", a.weight, d_inner=a.x.shape[-1], d_conv=None)
 
 
 @library.register_fake("causal_conv1d", "x")
 def _fake(a: Any) -> tuple[Tensor, Tensor]:
-    _check(a)
+    check_fake("causal_conv1d", a, "batch", "length")
     states = a.x.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
     state_shape = (states, a.weight.shape[1] - 1, a.x.shape[2])
     dtype = library.accumulator_dtype(a.x.dtype)
@@ -28,7 +28,7 @@ def _fake(a: Any) -> tuple[Tensor, Tensor]:
 
 @library.register_fake("causal_conv1d_backward", "x")
 def _fake_backward(a: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(a)
+    check_fake("causal_conv1d_backward", a, "batch", "length")
     return (
         a.x.new_empty(a.x.shape),
         a.weight.new_empty(a.weight.shape),

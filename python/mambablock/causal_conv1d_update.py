@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from . import _library as library
+from .causal_conv1d import check_fake
 
 
 @library.register_fake("causal_conv1d_update", "x")
 def _fake(a: Any) -> Tensor:
-    library.check_shape("causal_conv1d_update", "x", a.x, batch=None, d_inner=None)
+    check_fake("causal_conv1d_update", a, "batch")
     y: Tensor = a.x.new_empty(a.x.shape)
     return y
 

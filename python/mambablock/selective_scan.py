@@ -11,21 +11,21 @@ from typing_extensions import Unpack
 from . import _library as library
 
 
-def _check(a: Any) -> None:
-    op = "selective_scan"
-    library.check_shape(op, "u", a.u, batch=None, length=None, d_inner=None)
-    batch, length, d_inner = a.u.shape
-    library.check_shape(op, "delta", a.delta, batch=batch, length=length, d_inner=d_inner)
+def check_fake(op: str, a: Any, *dimensions: str) -> None:
+    """The sizes of fake tensors; `dimensions` are u's before d_inner: batch and, if any, length."""
+    library.check_shape(op, "u", a.u, **dict.fromkeys((*dimensions, "d_inner")))
+    *sizes, d_inner = a.u.shape
+    steps = dict(zip(dimensions, sizes, strict=True))
+    library.check_shape(op, "delta", a.delta, **steps, d_inner=d_inner)
     library.check_shape(op, "A", a.A, d_inner=d_inner, d_state=None)
-    groups = {"groups": a.B.shape[2]} if a.B.dim() == 4 else {}
+    groups = {"groups": a.B.shape[-2]} if a.B.dim() == len(steps) + 2 else {}
     for name, tensor in (("B", a.B), ("C", a.C)):
-        sizes = {"batch": batch, "length": length, **groups, "d_state": a.A.shape[1]}
-        library.check_shape(op, name, tensor, **sizes)
+        library.check_shape(op, name, tensor, **steps, **groups, d_state=a.A.shape[1])
 
 
 @library.register_fake("selective_scan", "u")
 def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(a)
+    check_fake("selective_scan", a, "batch", "length")
     batch, length, d_inner = a.u.shape
     d_state = a.A.shape[1]
     dtype = library.accumulator_dtype(a.u.dtype)
@@ -42,7 +42,7 @@ def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @library.register_fake("selective_scan_backward", "u")
 def _fake_backward(a: Any) -> tuple[Tensor, ...]:
-    _check(a)
+    check_fake("selective_scan_backward", a, "batch", "length")
     inputs = (a.u, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias)
     return (
         *(a.u.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs),

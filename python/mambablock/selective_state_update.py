@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from . import _library as library
+from .selective_scan import check_fake
 
 
 @library.register_fake("selective_state_update", "u")
 def _fake(a: Any) -> Tensor:
-    library.check_shape("selective_state_update", "u", a.u, batch=None, d_inner=None)
-    batch, d_inner = a.u.shape
-    library.check_shape("selective_state_update", "delta", a.delta, batch=batch, d_inner=d_inner)
+    check_fake("selective_state_update", a, "batch")
     y: Tensor = a.u.new_empty(a.u.shape)
     return y
 
