@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/cpu/math_arrays.h"
 #include "common/cpu/simd_level.h"
-#include "math_arrays.h"
 
 namespace py = pybind11;
 

@@ -58,7 +58,7 @@ using ScalarOf = typename VectorTraits<V>::Scalar;
 template <class V>
 inline constexpr bool is_float64 = std::is_same_v<ScalarOf<V>, double>;
 
-// Calls a scalar function on every lane; only float64 takes this way.
+// Calls a scalar function on every lane; only float64 needs it.
 template <class V, class F>
 MAMBABLOCK_INLINE V map_lanes(V x, F function) {
   if constexpr (VectorTraits<V>::lanes == 1) {

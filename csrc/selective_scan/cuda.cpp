@@ -91,7 +91,7 @@ class CudaPlan final : public SelectiveScanPlan {
   int64_t chunks_, chunk_tiles_;
 };
 
-// For tests and the curious: into how many chunks of time a call of these sizes is divided.
+// For tests: into how many chunks of time a call of these sizes is divided.
 int64_t selective_scan_chunks(Tensor u, int64_t groups) {
   if (groups < 1 || u.size(2) % groups != 0) {
     fail("selective_scan_chunks", "groups", "a divisor of d_inner=" + std::to_string(u.size(2)),

@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "causal_conv1d_update/cpu/kernels.h"
+#include "common/cpu/math_arrays.h"
 #include "common/cpu/simd.h"
-#include "math_arrays.h"
 #include "selective_scan/cpu/kernels.h"
 #include "selective_state_update/cpu/kernels.h"
 

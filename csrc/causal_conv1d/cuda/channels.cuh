@@ -115,7 +115,7 @@ __device__ __forceinline__ bool goes_along_time(const InputView& input) {
   return kWidth > 0 && sizeof(T) < 8 && input.packs == PackDimension::kSteps;
 }
 
-// Several, so that their loads are on their way together; packs of steps are that already.
+// Several, so that their loads are in flight together; packs of steps are that already.
 template <bool kAlongTime>
 inline constexpr int kUnrolledSteps = kAlongTime ? 1 : 4;
 

@@ -44,7 +44,7 @@ struct SequenceCursor {
 };
 
 // Starts the sequences from s on that begin at `time`: load(s) for each, and store(s) for those
-// that end there too. Returns the one that goes on; where none is left, its end is never reached.
+// that end there too. Returns the one that continues; where none is left, its end is never reached.
 template <class Load, class Store>
 __device__ SequenceCursor start_sequences(const Sequences& sequences, int64_t s, int64_t time,
                                           Load load, Store store) {

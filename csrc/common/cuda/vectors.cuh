@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Values that one access moves, and what helps the compiler with the code around them.
+// Vectorised access, and helps for the compiler.
 #pragma once
 
 #include "common/convert.h"

@@ -297,7 +297,8 @@ __global__ void __launch_bounds__(Channels, 1)
             constexpr A ln2 = A(0.69314718055994531);
             const int row = block.row_of(first_row + k);
             A u_values[kPack], dt[kPack], dtu[kPack], g_B[kPack], g_A[kPack], dy[kPack], y[kPack],
-                dz_values[kPack], derivative[kPack];
+                dz_values[kPack];
+            [[maybe_unused]] A derivative[kPack];
             widen(u_again[k], u_values);
             load_pairs(&memory.dt_and_dtu[row][block.column], dt, dtu);
             load_sums(memory, row, block.column, g_B, g_A);

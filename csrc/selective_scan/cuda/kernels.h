@@ -13,7 +13,7 @@ struct ScanCudaPlan {
   bool reverse;
   int64_t tiles;                // of a row
   int64_t chunks, chunk_tiles;  // of a row, each of as many tiles but for the last
-  // (B, chunks, D, N): the state on entering a chunk, in the backward's direction its gradient.
+  // (B, chunks, D, N): each chunk's carry-in, the state or in the backward its gradient.
   // Where a block holds only a slice of the states, spill space for the others; may be null.
   void* carry;
   void* carry_dt;  // (B, chunks, D): the sum of dt over a chunk

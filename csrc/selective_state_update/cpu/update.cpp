@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Lanes are channels where there is one value a channel, and states where one channel's states,
-// which lie side by side, are advanced.
+// which are contiguous, are advanced.
 #include "common/cpu/simd.h"
 #include "selective_state_update/cpu/kernels.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "math_arrays.h"
+#include "common/cpu/math_arrays.h"
 
 #include "common/cpu/simd.h"
 
