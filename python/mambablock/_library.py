@@ -159,14 +159,41 @@ def differentiable(
     Returns:
         The function that the public one calls with the operator's arguments but for save_states.
     """
+    forward, tensors = _operator(op), len(_tensor_arguments(op))
+    saves = argument_names(op)[-1] == "save_states"
+    prepare, forward_function, backward_function = prepared(op, activations), *_register(op)
+    dims = channels | outputs
+    for name, function, results in (
+        (op, forward_function, outputs),
+        (f"{op}_backward", backward_function, channels),
+    ):
+        function.vmap = staticmethod(_vmap_rule(name, function.apply, dims, results, grouped))
+        torch.library.register_vmap(
+            f"mambablock::{name}", _vmap_rule(name, _operator(name), dims, results, grouped)
+        )
+
+    def call(*given: Any) -> tuple[Tensor, ...]:
+        arguments = prepare(*given)
+        # An exported program runs forward only, even where it was traced with gradients on.
+        train = (
+            torch.is_grad_enabled()
+            and any(isinstance(a, Tensor) and a.requires_grad for a in arguments[:tensors])
+            and not torch.compiler.is_exporting()
+        )
+        function = forward_function.apply if train else forward
+        results: tuple[Tensor, ...] = function(*arguments, *[train] * saves)
+        return results
+
+    return call
+
+
+def _register(op: str) -> tuple[Any, Any]:
+    """Registers the operator's autograd; returns the same as autograd.Functions, of the forward and
+    of the backward, which torch.func needs."""
     names, tensors = argument_names(op), len(_tensor_arguments(op))
     saves = names[-1] == "save_states"
     own = len(names) - saves
-    forward, backward, prepare = (
-        _operator(op),
-        _operator(f"{op}_backward"),
-        prepared(op, activations),
-    )
+    forward, backward = _operator(op), _operator(f"{op}_backward")
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.materialize_grads = False  # set_materialize_grads, which torch.compile does not know
@@ -193,32 +220,9 @@ def differentiable(
             "(create_graph=True or a nested torch.func.grad)"
         )
 
-    dims = channels | outputs
-    forward_function = _function(op, setup_context, run_backward)
     backward_function = _function(f"{op}_backward", lambda *_: None, forbid_second_derivative)
     torch.library.register_autograd(f"mambablock::{op}", run_backward, setup_context=setup_context)
-    for name, function, results in (
-        (op, forward_function, outputs),
-        (f"{op}_backward", backward_function, channels),
-    ):
-        function.vmap = staticmethod(_vmap_rule(name, function.apply, dims, results, grouped))
-        torch.library.register_vmap(
-            f"mambablock::{name}", _vmap_rule(name, _operator(name), dims, results, grouped)
-        )
-
-    def call(*given: Any) -> tuple[Tensor, ...]:
-        arguments = prepare(*given)
-        # An exported program runs forward only, even where it was traced with gradients on.
-        train = (
-            torch.is_grad_enabled()
-            and any(isinstance(a, Tensor) and a.requires_grad for a in arguments[:tensors])
-            and not torch.compiler.is_exporting()
-        )
-        function = forward_function.apply if train else forward
-        results: tuple[Tensor, ...] = function(*arguments, *[train] * saves)
-        return results
-
-    return call
+    return _function(op, setup_context, run_backward), backward_function
 
 
 def _function(op: str, setup_context: Any, backward: Any) -> Any:
