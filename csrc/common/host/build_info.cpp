@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // mambablock.build_info(), which reads it through ctypes.
-#include <torch/headeronly/macros/Macros.h>
-
 #include <exception>
 #include <sstream>
 #include <string>

@@ -31,8 +31,10 @@ struct CudaContext::Guard {
 CudaContext::CudaContext(const torch::stable::Tensor& tensor)
     : guard_(std::make_unique<Guard>(tensor.get_device_index())) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) !=
+      AOTI_TORCH_SUCCESS) {
+    throw std::runtime_error("mambablock: the CUDA device must have a current stream; got none");
+  }
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
