@@ -76,7 +76,7 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 
 sass: $(VENV)/installed-sass
 	$(call build_emulation,emulation,ON)
-	$(bin)/python -m benchmarks.sass $(ARGS)
+	$(bin)/python -m tools.sass $(ARGS)
 
 # On a machine with a GPU, which may have no network: with PYTHON's own packages, and only for that
 # GPU. All steps run, whatever one of them finds. They have eight minutes after the build, after

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.sass import EMULATION, LIBRARY
-from benchmarks.sass.account import Device, accounts
-from benchmarks.sass.launches import Problem, record
-from benchmarks.sass.listing import Kernel, MissingToolError, find_tools, read_kernels
+from tools.sass import EMULATION, LIBRARY
+from tools.sass.account import Device, accounts
+from tools.sass.launches import Problem, record
+from tools.sass.listing import Kernel, MissingToolError, find_tools, read_kernels
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.sass.launches import Launch
-from benchmarks.sass.listing import Kernel, parse_sass
-from benchmarks.sass.thread import Thread, UnknownWayError
+from tools.sass.launches import Launch
+from tools.sass.listing import Kernel, parse_sass
+from tools.sass.thread import Thread, UnknownWayError
 
 # As the compiler divides: by a reciprocal in floating point, then corrected.
 DIVISION = """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m benchmarks.sass --help`."""
+"""The command line: `python -m tools.sass --help`."""
 
 from __future__ import annotations
 
