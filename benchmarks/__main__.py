@@ -27,7 +27,7 @@ from .layout import measure_layout
 from .measure import in_fresh_process
 from .memory import measure_memory
 from .rate import measure_rate
-from .results import Results, bars_table, figures_table, machine
+from .results import Results, figures_table, machine, targets_table
 from .scan import measure_scan
 from .settings import CUDA_FULL, CUDA_QUICK, FULL, QUICK, Sampling
 
@@ -128,8 +128,10 @@ def main(
     for section in suite.sections:
         if results.select(section.value):
             console.print(figures_table(results, section.value))
-    caption = "Not at the bars' sizes: a quick run." if quick else "Medians of interleaved rounds."
-    console.print(bars_table(results.bars, caption))
+    caption = (
+        "Not at the targets' sizes: a quick run." if quick else "Medians of interleaved rounds."
+    )
+    console.print(targets_table(results.targets, caption))
     plots = find_spec("matplotlib") is not None
     if not plots:
         results.notes.append("matplotlib is not installed: there are no plots")

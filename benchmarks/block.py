@@ -32,13 +32,15 @@ def measure_block(settings: Settings) -> Results:
     results = Results()
     for count in settings.threads:
         for length in sorted({settings.quadratic_length, settings.length}):
-            bars = length == settings.length and count == settings.threads[-1]
+            targets = length == settings.length and count == settings.threads[-1]
             with threads(count):
-                _at_length(length, count, bars, settings, results)
+                _at_length(length, count, targets, settings, results)
     return results
 
 
-def _at_length(length: int, count: int, bars: bool, settings: Settings, results: Results) -> None:
+def _at_length(
+    length: int, count: int, targets: bool, settings: Settings, results: Results
+) -> None:
     def add(passes: str, timings: Timings[str], *left_out: str) -> None:
         sizes = {"length": length, "threads": count}
         for name in timings.samples:
@@ -47,7 +49,7 @@ def _at_length(length: int, count: int, bars: bool, settings: Settings, results:
                 results.add("block", name, **{"pass": passes}, **sizes, seconds=seconds)
 
     def faster(passes: str, timings: Timings[str], than: str, bound: float) -> None:
-        if bars and than in timings.samples:
+        if targets and than in timings.samples:
             what = f"{passes}, L = {length}: times faster"
             results.times_faster("block", what, timings, (OURS, than), than, bound)
 
@@ -62,7 +64,7 @@ def _at_length(length: int, count: int, bars: bool, settings: Settings, results:
     trained = {name: task.train for name, task in tasks.items() if name not in loops}
     train = interleave(trained, settings)
     add(STEP, train)
-    if bars:
+    if targets:
         against = "its four F.linear"
         results.at_most("block", FORWARD, forward, (OURS, LINEARS), against, 1.3)
         results.at_most("block", STEP, train, (OURS, LINEARS), against, 1.4)
@@ -71,7 +73,7 @@ def _at_length(length: int, count: int, bars: bool, settings: Settings, results:
     faster(FORWARD, forward, TRANSFORMERS, 4)
     faster(FORWARD, forward, MAMBAPY, 4)
     faster(STEP, train, MAMBAPY, 5)
-    if bars and TRANSFORMERS in tasks:
+    if targets and TRANSFORMERS in tasks:
         if length > settings.quadratic_length:  # more than a minute
             train = interleave(
                 {name: tasks[name].train for name in (OURS, TRANSFORMERS)}, settings, once=True

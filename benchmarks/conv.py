@@ -42,8 +42,8 @@ def _next_to_silu(
         sizes = {"length": length, "dtype": dtype_name(dtype), "threads": count}
         seconds = timings.seconds((name, passes))
         results.add("conv", name, **{"pass": passes}, **sizes, seconds=seconds)
-    bar_lengths = (settings.length, settings.lengths[-1])
-    if length in bar_lengths and dtype == torch.float32 and count == settings.threads[-1]:
+    target_lengths = (settings.length, settings.lengths[-1])
+    if length in target_lengths and dtype == torch.float32 and count == settings.threads[-1]:
         for passes, bound in (("forward", 1.5), ("backward", 2.5)):
             names = (OURS, passes), (SILU, "forward")
             results.at_most(

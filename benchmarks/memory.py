@@ -24,7 +24,7 @@ from .contenders import (
     scan_inputs,
 )
 from .measure import Task, in_fresh_process, proc_bytes, return_freed_memory
-from .results import Bar, Results
+from .results import Results, Target
 from .settings import D_MODEL, Settings
 
 
@@ -38,7 +38,9 @@ def measure_memory(settings: Settings) -> Results:
         _add(results, "its tensors", passes, length, needed)
         tensors = "inputs + outputs" + (" + gradients" if passes == "backward" else "")
         what = f"peak of the scan's {passes}, L = {length}"
-        results.bars.append(Bar("memory", what, peak, "B", tensors, needed, peak / needed, 1.3))
+        results.targets.append(
+            Target("memory", what, peak, "B", tensors, needed, peak / needed, 1.3)
+        )
 
     length = settings.length
     ours = in_fresh_process(_training_peak, OURS, length)
@@ -47,8 +49,8 @@ def measure_memory(settings: Settings) -> Results:
         theirs = in_fresh_process(_training_peak, MAMBAPY, length)
         _add(results, MAMBAPY, "training step", length, theirs)
         what = f"peak of the training step above the weights, L = {length}"
-        bar = Bar("memory", what, ours, "B", MAMBAPY, theirs, ours / theirs, round(1 / 3, 3))
-        results.bars.append(bar)
+        target = Target("memory", what, ours, "B", MAMBAPY, theirs, ours / theirs, round(1 / 3, 3))
+        results.targets.append(target)
     _add_kept(settings.quadratic_length, results)
     return results
 
@@ -60,8 +62,8 @@ def _add_kept(length: int, results: Results) -> None:
     }
     for name, value in kept.items():
         _add(results, name, "kept for the backward, per token", length, value)
-    results.bars.append(
-        Bar(
+    results.targets.append(
+        Target(
             "memory",
             f"kept for the backward per token, {RECOMPUTING}",
             kept[RECOMPUTING],

@@ -13,7 +13,7 @@ from mambablock import _C, selective_scan
 from .contenders import scan, scan_inputs
 from .correctness import check_operators
 from .measure import in_fresh_process, interleave, keep_freed_memory, threads
-from .results import Bar, Results
+from .results import Results, Target
 from .settings import D_INNER, D_STATE, Settings
 
 
@@ -65,5 +65,7 @@ def _rate_at_level(level: str, settings: Settings) -> Results:
         what = f"state-steps per second and core, {level}"
         against = ("/s", loop, median(rates[loop]))
         scan_rate = median(rates["scan"])
-        results.bars.append(Bar("rate", what, scan_rate, *against, ratio, 0.55, at_least=True))
+        results.targets.append(
+            Target("rate", what, scan_rate, *against, ratio, 0.55, at_least=True)
+        )
     return results

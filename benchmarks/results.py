@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures, bars, and the tables and JSON made of them."""
+"""Figures, targets, and the tables and JSON made of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _columns = ("pass", "batch", "length", "channels", "d_state", "dtype", "threads"
 
 
 @dataclass(frozen=True)
-class Bar:
+class Target:
     """What a figure must be, relative to another one taken in the same run, or to a limit."""
 
     section: str
@@ -47,7 +47,7 @@ class Bar:
 class Results:
     figures: list[dict[str, Any]] = field(default_factory=list)
     """One measurement each: section, implementation, seconds (or another unit), and its sizes."""
-    bars: list[Bar] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, section: str, implementation: str, **values: Any) -> None:
@@ -62,16 +62,18 @@ class Results:
         against: str,
         bound: float,
     ) -> None:
-        """The bar that the first named takes at most `bound` times as long as the second."""
+        """The target that the first named takes at most `bound` times as long as the second."""
         first, second = map(timings.seconds, names)
         ratio = timings.ratio(*names)
-        self.bars.append(Bar(section, what, first, "s", against, second, ratio, bound))
+        self.targets.append(Target(section, what, first, "s", against, second, ratio, bound))
 
     def within(
         self, section: str, what: str, figure: float, unit: str, against: str, limit: float
     ) -> None:
-        """The bar that the figure is at most the limit."""
-        self.bars.append(Bar(section, what, figure, unit, against, limit, figure / limit, 1.0))
+        """The target that the figure is at most the limit."""
+        self.targets.append(
+            Target(section, what, figure, unit, against, limit, figure / limit, 1.0)
+        )
 
     def times_faster(
         self,
@@ -82,14 +84,14 @@ class Results:
         against: str,
         bound: float,
     ) -> None:
-        """The bar that the first named is at least `bound` times faster than the second."""
+        """The target that the first named is at least `bound` times faster than the second."""
         first, second = map(timings.seconds, names)
         ratio = timings.ratio(names[1], names[0])
-        self.bars.append(Bar(section, what, first, "s", against, second, ratio, bound, True))
+        self.targets.append(Target(section, what, first, "s", against, second, ratio, bound, True))
 
     def extend(self, other: Results) -> None:
         self.figures += other.figures
-        self.bars += other.bars
+        self.targets += other.targets
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def select(self, section: str, **values: Any) -> list[dict[str, Any]]:
@@ -107,7 +109,7 @@ class Results:
             "sizes": settings.sizes,
             "settings": asdict(settings),
             "notes": self.notes,
-            "bars": [asdict(bar) | {"met": bar.met} for bar in self.bars],
+            "targets": [asdict(target) | {"met": target.met} for target in self.targets],
             "figures": self.figures,
         }
         path = folder / f"{settings.device}.json"
@@ -180,19 +182,19 @@ def quantity(value: float, unit: str) -> str:
     return f"{value / 1000**thousands:.2f} {prefix}{unit}"
 
 
-def bars_table(bars: list[Bar], caption: str) -> Table:
-    table = Table(title="Bars", caption=caption)
-    for heading in ("what", "figure", "against", "", "ratio", "bar", "result"):
+def targets_table(targets: list[Target], caption: str) -> Table:
+    table = Table(title="Targets", caption=caption)
+    for heading in ("what", "figure", "against", "", "ratio", "target", "result"):
         table.add_column(heading, justify="right" if heading in ("figure", "", "ratio") else "left")
-    for bar in bars:
+    for target in targets:
         table.add_row(
-            f"{bar.section}: {bar.what}",
-            quantity(bar.figure, bar.unit),
-            bar.against,
-            quantity(bar.against_figure, bar.unit),
-            f"{bar.ratio:.2f}",
-            f"{'≥' if bar.at_least else '≤'} {bar.bound:g}",
-            "[green]pass" if bar.met else "[red]fail",
+            f"{target.section}: {target.what}",
+            quantity(target.figure, target.unit),
+            target.against,
+            quantity(target.against_figure, target.unit),
+            f"{target.ratio:.2f}",
+            f"{'≥' if target.at_least else '≤'} {target.bound:g}",
+            "[green]pass" if target.met else "[red]fail",
         )
     return table
 

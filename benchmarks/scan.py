@@ -17,7 +17,7 @@ from .contenders import (
     scans,
 )
 from .measure import fitting_lengths, interleave, keep_freed_memory, threads
-from .results import Bar, Results, dtype_name
+from .results import Results, Target, dtype_name
 from .settings import D_STATE, Settings
 
 FORWARD, TRAIN = "forward", "forward + backward"
@@ -30,17 +30,17 @@ def measure_scan(settings: Settings) -> Results:
     # Four large tensors in, three gradients and y out; the rest are the allocator's gaps.
     lengths = fitting_lengths(settings, 11, results.notes)
     for count in settings.threads:
-        # A run at one thread fills the plots; the bars are for all.
-        bars = count == settings.threads[-1]
+        # A run at one thread fills the plots; the targets are for all.
+        targets = count == settings.threads[-1]
         with threads(count):
-            _by_length(lengths, count, bars, settings, results)
-            _by_type_and_state(count, bars, settings, results)
-            _by_implementation(count, bars, settings, results)
+            _by_length(lengths, count, targets, settings, results)
+            _by_type_and_state(count, targets, settings, results)
+            _by_implementation(count, targets, settings, results)
     return results
 
 
 def _by_length(
-    lengths: tuple[int, ...], count: int, bars: bool, settings: Settings, results: Results
+    lengths: tuple[int, ...], count: int, targets: bool, settings: Settings, results: Results
 ) -> None:
     inputs = scan_inputs(lengths[-1], dtype=torch.float32)
     # The longest first, so that the shorter ones find room in the memory that it has freed.
@@ -50,11 +50,11 @@ def _by_length(
     for passes, timings in ((FORWARD, forward), (TRAIN, train)):
         for length in lengths:
             _add(results, OURS, passes, count, timings.seconds(length), length)
-    if bars:
+    if targets:
         per_step = {length: forward.seconds(length) / length for length in lengths}
         fastest, *_, slowest = sorted(per_step, key=per_step.__getitem__)
-        results.bars.append(
-            Bar(
+        results.targets.append(
+            Target(
                 "scan",
                 f"time per step, L = {lengths[0]} to {lengths[-1]}: slowest, at {slowest}",
                 per_step[slowest],
@@ -67,7 +67,7 @@ def _by_length(
         )
 
 
-def _by_type_and_state(count: int, bars: bool, settings: Settings, results: Results) -> None:
+def _by_type_and_state(count: int, targets: bool, settings: Settings, results: Results) -> None:
     variants = [(dtype, D_STATE) for dtype in DTYPES]
     variants += [(torch.float32, n) for n in settings.d_states if n != D_STATE]
     functions: dict[tuple[str, torch.dtype, int], Callable[[], object]] = {}
@@ -81,7 +81,7 @@ def _by_type_and_state(count: int, bars: bool, settings: Settings, results: Resu
         if key[1:] != (torch.float32, D_STATE) or settings.length not in settings.lengths:
             seconds = timings.seconds(key)
             _add(results, OURS, passes, count, seconds, settings.length, d_state, dtype)
-    if bars:
+    if targets:
         wide, short = torch.float32, torch.bfloat16
         names = (TRAIN, wide, D_STATE), (FORWARD, wide, D_STATE)
         results.at_most("scan", TRAIN, timings, names, FORWARD, 3.5)
@@ -90,7 +90,7 @@ def _by_type_and_state(count: int, bars: bool, settings: Settings, results: Resu
             results.at_most("scan", f"bfloat16 {passes}", timings, names, "float32", 1.0)
 
 
-def _by_implementation(count: int, bars: bool, settings: Settings, results: Results) -> None:
+def _by_implementation(count: int, targets: bool, settings: Settings, results: Results) -> None:
     for length in settings.contender_lengths:
         inputs = scan_inputs(length, dtype=torch.float32)
         tasks = {name: prepare(inputs) for name, prepare in scans().items()}
@@ -102,7 +102,7 @@ def _by_implementation(count: int, bars: bool, settings: Settings, results: Resu
             for name in timings.samples:
                 if name != OURS or length not in settings.lengths:
                     _add(results, name, passes, count, timings.seconds(name), length)
-        if bars and length == settings.length and TRANSFORMERS in forward.samples:
+        if targets and length == settings.length and TRANSFORMERS in forward.samples:
             what = f"forward, L = {length}: times faster"
             names = (OURS, TRANSFORMERS)
             results.times_faster("scan", what, forward, names, TRANSFORMERS, 40)

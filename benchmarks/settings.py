@@ -33,7 +33,7 @@ class Settings(Sampling):
         "d_state": D_STATE,
     }
     length: int
-    """That of the comparisons with a bar."""
+    """That of the comparisons with a target."""
     lengths: tuple[int, ...]
     contender_lengths: tuple[int, ...]
     """Where the slow implementations are measured too."""
@@ -42,7 +42,7 @@ class Settings(Sampling):
     d_states: tuple[int, ...]
     memory_length: int
     threads: tuple[int, ...]
-    """The bars are those of the last."""
+    """The targets are those of the last."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CudaSettings(Sampling):
     sizes: ClassVar[dict[str, Any]] = {"d_state": D_STATE, "d_conv": D_CONV}
     batch: int
     length: int
-    """Those of the bars."""
+    """Those of the targets."""
     channels: int
     """The operators' d_inner and the block's d_model."""
     steps: int

@@ -24,7 +24,7 @@ from benchmarks.layout import measure_layout
 from benchmarks.measure import Timings, in_fresh_process, interleave
 from benchmarks.memory import kept_for_backward, scan_peak
 from benchmarks.plots import save_plots
-from benchmarks.results import Bar, Results
+from benchmarks.results import Results, Target
 from benchmarks.scan import measure_scan
 from typer.testing import CliRunner
 
@@ -57,7 +57,7 @@ def test_table_json_and_plot(tmp_path: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     assert "decode: step, one sequence" in outcome.output
     saved = json.loads((tmp_path / "cpu.json").read_text())
-    assert [bar["section"] for bar in saved["bars"]] == ["decode"]
+    assert [target["section"] for target in saved["targets"]] == ["decode"]
     assert {figure["implementation"] for figure in saved["figures"]} == {
         "mambablock",
         "PyTorch loop",
@@ -109,9 +109,9 @@ def test_scan_and_its_plots(tmp_path: Path) -> None:
 
 
 def test_layouts_are_compared() -> None:
-    bars = measure_layout(SMALLEST).bars
-    assert len(bars) == len({bar.what for bar in bars}) == 16
-    assert {bar.against for bar in bars} == {"channels last", "F.conv1d + F.silu"}
+    targets = measure_layout(SMALLEST).targets
+    assert len(targets) == len({target.what for target in targets}) == 16
+    assert {target.against for target in targets} == {"channels last", "F.conv1d + F.silu"}
 
 
 def test_recomputation_keeps_less() -> None:
@@ -143,15 +143,15 @@ def test_interleave_takes_turns() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "at_least", "met"), [(2, True, True), (2, False, False)])
-def test_bar(ratio: float, at_least: bool, met: bool) -> None:
-    bar = Bar("scan", "x", 2.0, "s", "y", 1.0, ratio, 1.5, at_least)
-    assert bar.met is met
-    results = Results(bars=[bar])
-    results.extend(Results(bars=[bar]))
-    assert results.bars == [bar, bar]
+def test_target(ratio: float, at_least: bool, met: bool) -> None:
+    target = Target("scan", "x", 2.0, "s", "y", 1.0, ratio, 1.5, at_least)
+    assert target.met is met
+    results = Results(targets=[target])
+    results.extend(Results(targets=[target]))
+    assert results.targets == [target, target]
 
 
 def test_decode_compares_with_the_linear_layers() -> None:
-    (bar,) = measure_decode(SMALLEST).bars
-    assert bar.ratio > 0
-    assert not bar.at_least
+    (target,) = measure_decode(SMALLEST).targets
+    assert target.ratio > 0
+    assert not target.at_least

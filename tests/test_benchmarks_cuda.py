@@ -72,21 +72,21 @@ def test_checks() -> None:
     check_cuda(ON_CPU)
 
 
-def bars(measured: Results) -> dict[str, tuple[str, float]]:
-    return {bar.what: (bar.against, bar.bound) for bar in measured.bars}
+def targets(measured: Results) -> dict[str, tuple[str, float]]:
+    return {target.what: (target.against, target.bound) for target in measured.targets}
 
 
 def test_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = cuda.measure_scan(ON_CPU)
     error = "forward, L = 128, 66 channels: error"
-    assert bars(measured) == {
+    assert targets(measured) == {
         "forward": ("limit on an H200", 1.0),
         "backward": ("limit on an H200", 1.0),
         "forward of 64 steps in one sequence": ("in 2 sequences", 1.5),
         "backward of 64 steps in one sequence": ("in 2 sequences", 1.5),
         error: ("of the largest value", 1.0),
     }
-    limits = {bar.what: bar.against_figure for bar in measured.bars}
+    limits = {target.what: target.against_figure for target in measured.targets}
     assert (limits["forward"], limits["backward"]) == (0.0002, 0.0005)
     sizes = {(f["batch"], f["length"], f["channels"]) for f in measured.figures}
     assert sizes == {(2, 32, 70), (4, 16, 70), (1, 64, 70), (1, 128, 66)}
@@ -96,7 +96,7 @@ def test_conv_next_to_a_copy_of_the_same_bytes(monkeypatch: pytest.MonkeyPatch) 
     sources: list[Tensor] = []
     copy = cuda._copy
     monkeypatch.setattr(cuda, "_copy", lambda source: sources.append(source) or copy(source))
-    assert bars(cuda.measure_conv(ON_CPU)) == {
+    assert targets(cuda.measure_conv(ON_CPU)) == {
         "forward: share of the bandwidth": (cuda.COPY, 0.85),
         "backward: share of the bandwidth": (cuda.COPY, 0.75),
     }
@@ -107,13 +107,13 @@ def test_conv_next_to_a_copy_of_the_same_bytes(monkeypatch: pytest.MonkeyPatch) 
 
 def test_block() -> None:
     measured = cuda.measure_block(ON_CPU)
-    assert bars(measured) == {"training step": ("its four F.linear", 1.35)}
+    assert targets(measured) == {"training step": ("its four F.linear", 1.35)}
     assert len(measured.figures) == 4
 
 
 @pytest.mark.usefixtures("others")
 def test_next_to_the_other_packages() -> None:
-    scan, conv = bars(cuda.measure_scan(ON_CPU)), bars(cuda.measure_conv(ON_CPU))
+    scan, conv = targets(cuda.measure_scan(ON_CPU)), targets(cuda.measure_conv(ON_CPU))
     for passes in ("forward", "backward"):
         assert scan[f"{passes}: times faster"] == (MAMBA_SSM, 2)
         assert conv[f"{passes}: times faster"] == (CAUSAL_CONV1D, 1.2)
@@ -190,7 +190,7 @@ def test_table_json_and_plots(tmp_path: Path) -> None:
         assert f"Note: {name}'s CUDA functions can't be imported" in outcome.stdout
     saved = json.loads((tmp_path / "cuda.json").read_text())
     assert saved["machine"]["device"] == "a GPU"
-    assert {bar["section"] for bar in saved["bars"]} == {"scan", "conv", "block"}
+    assert {target["section"] for target in saved["targets"]} == {"scan", "conv", "block"}
     plots = {"cuda_scan_length", "cuda_scan", "cuda_conv", "cuda_block"}
     assert {path.stem for path in tmp_path.glob("*.png")} == plots
 
