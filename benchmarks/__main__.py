@@ -19,10 +19,10 @@ from typer import Option
 
 from . import cuda
 from .block import measure_block, measure_decode
-from .contenders import missing_cuda_packages, missing_packages
 from .conv import measure_conv
 from .correctness import WrongResultError, check_cpu, check_cuda
 from .device import NotReadyError, require_device
+from .implementations import missing_cuda_packages, missing_packages
 from .layout import measure_layout
 from .measure import in_fresh_process
 from .memory import measure_memory

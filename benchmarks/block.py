@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mambablock import MambaBlock
 
-from .contenders import (
+from .implementations import (
     LINEARS,
     LOOP,
     MAMBAPY,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .contenders import OURS, PYTORCH, conv, conv_inputs, pytorch_conv
+from .implementations import OURS, PYTORCH, conv, conv_inputs, pytorch_conv
 from .measure import Task, fitting_lengths, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
 from .settings import Settings

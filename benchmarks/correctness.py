@@ -9,7 +9,7 @@ from torch import Tensor
 from mambablock import MambaBlock, reference
 
 from . import layout
-from .contenders import (
+from .implementations import (
     OURS,
     Prepare,
     conv_inputs,
@@ -57,7 +57,7 @@ def compare(name: str, got: Tensor, expected: Tensor, tolerance: float) -> float
 def check_cpu(settings: Settings) -> None:
     check_operators()
     check_layouts()
-    check_contenders()
+    check_implementations()
 
 
 def check_cuda(settings: CudaSettings) -> None:
@@ -65,7 +65,7 @@ def check_cuda(settings: CudaSettings) -> None:
     check_operators()
     with torch.device(settings.device):
         check_operators()
-        _check_cuda_contenders()
+        _check_cuda_implementations()
         _check_autocast(settings.device)
 
 
@@ -93,7 +93,7 @@ def check_layouts() -> None:
             compare(f"the {op} of (B, D, L) memory", got, wanted, 0.0)
 
 
-def check_contenders() -> None:
+def check_implementations() -> None:
     """That all implementations compute the same thing, at full width."""
     torch.manual_seed(0)
     inputs = scan_inputs(70, dtype=torch.float32)
@@ -113,7 +113,7 @@ def check_contenders() -> None:
             compare(f"the decode step of {name}", steps, y, TOLERANCES[torch.float32])
 
 
-def _check_cuda_contenders() -> None:
+def _check_cuda_implementations() -> None:
     inputs = scan_inputs(70, d_inner=72, dtype=torch.bfloat16, batch=2)
     expected = loop_scan({name: t.float() for name, t in inputs.items()}).forward()[0]
     for name, prepare in cuda_scans().items():

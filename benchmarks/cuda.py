@@ -10,7 +10,8 @@ import torch
 
 from mambablock import MambaBlock
 
-from .contenders import (
+from .correctness import TOLERANCES, check_against_cpu, compare
+from .implementations import (
     CAUSAL_CONV1D,
     LINEARS,
     MAMBA_SSM,
@@ -25,7 +26,6 @@ from .contenders import (
     scan_inputs,
     under_autocast,
 )
-from .correctness import TOLERANCES, check_against_cpu, compare
 from .measure import Task, Timings, interleave
 from .results import Results, dtype_name
 from .settings import CudaSettings

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contenders import PYTORCH, compat_conv, compat_scan, pytorch_conv, scan_inputs, tiled
+from .implementations import PYTORCH, compat_conv, compat_scan, pytorch_conv, scan_inputs, tiled
 from .measure import Task, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
 from .settings import D_CONV, D_INNER, D_MODEL, D_STATE, Settings

@@ -12,7 +12,7 @@ import torch
 
 from mambablock import MambaBlock
 
-from .contenders import (
+from .implementations import (
     HAS_MAMBAPY,
     MAMBAPY,
     OURS,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from .contenders import LINEARS, OURS
+from .implementations import LINEARS, OURS
 from .results import Results
 from .settings import D_INNER, D_STATE, CudaSettings, Sampling, Settings
 

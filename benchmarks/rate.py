@@ -10,8 +10,8 @@ import torch
 
 from mambablock import _C, selective_scan
 
-from .contenders import scan, scan_inputs
 from .correctness import check_operators
+from .implementations import scan, scan_inputs
 from .measure import in_fresh_process, interleave, keep_freed_memory, threads
 from .results import Results, Target
 from .settings import D_INNER, D_STATE, Settings

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from .contenders import (
+from .implementations import (
     LOOP,
     OURS,
     TRANSFORMERS,
@@ -91,7 +91,7 @@ def _by_type_and_state(count: int, targets: bool, settings: Settings, results: R
 
 
 def _by_implementation(count: int, targets: bool, settings: Settings, results: Results) -> None:
-    for length in settings.contender_lengths:
+    for length in settings.slow_lengths:
         inputs = scan_inputs(length, dtype=torch.float32)
         tasks = {name: prepare(inputs) for name, prepare in scans().items()}
         forward = interleave({name: task.forward for name, task in tasks.items()}, settings)

@@ -35,7 +35,7 @@ class Settings(Sampling):
     length: int
     """That of the comparisons with a target."""
     lengths: tuple[int, ...]
-    contender_lengths: tuple[int, ...]
+    slow_lengths: tuple[int, ...]
     """Where the slow implementations are measured too."""
     quadratic_length: int
     """The same for those whose backward takes time with the square of the length."""
@@ -72,7 +72,7 @@ FULL = Settings(
     comparison_seconds=15.0,
     length=1024,
     lengths=(256, 1024, 4096, 16384, 65536, 262144),
-    contender_lengths=(256, 1024),
+    slow_lengths=(256, 1024),
     quadratic_length=256,
     d_states=(1, 4, 16, 64, 128),
     memory_length=16384,
@@ -85,7 +85,7 @@ QUICK = Settings(
     comparison_seconds=0.0,
     length=128,
     lengths=(256, 1024),
-    contender_lengths=(128,),
+    slow_lengths=(128,),
     quadratic_length=32,
     d_states=(4, 16),
     memory_length=4096,

@@ -16,10 +16,10 @@ pytest.importorskip("matplotlib")
 
 import typer
 from benchmarks import __main__ as command_line
-from benchmarks import contenders, settings
+from benchmarks import implementations, settings
 from benchmarks.__main__ import Device, Section
 from benchmarks.block import measure_decode
-from benchmarks.contenders import OURS, RECOMPUTING
+from benchmarks.implementations import OURS, RECOMPUTING
 from benchmarks.layout import measure_layout
 from benchmarks.measure import Timings, in_fresh_process, interleave
 from benchmarks.memory import kept_for_backward, scan_peak
@@ -30,9 +30,7 @@ from typer.testing import CliRunner
 
 import mambablock
 
-SMALLEST = replace(
-    settings.QUICK, length=8, lengths=(8, 16), contender_lengths=(8,), quadratic_length=8
-)
+SMALLEST = replace(settings.QUICK, length=8, lengths=(8, 16), slow_lengths=(8,), quadratic_length=8)
 
 app = typer.Typer()
 app.command()(command_line.main)
@@ -45,8 +43,8 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.block.keep_freed_memory", lambda: None)
     monkeypatch.setattr("benchmarks.layout.keep_freed_memory", lambda: None)
     monkeypatch.setattr(command_line, "in_fresh_process", lambda measure, *args: measure(*args))
-    monkeypatch.setattr(contenders, "HAS_TRANSFORMERS", False)
-    monkeypatch.setattr(contenders, "HAS_MAMBAPY", False)
+    monkeypatch.setattr(implementations, "HAS_TRANSFORMERS", False)
+    monkeypatch.setattr(implementations, "HAS_MAMBAPY", False)
     suites = command_line.suites
     monkeypatch.setitem(suites, Device.cpu, replace(suites[Device.cpu], quick=SMALLEST))
 
@@ -70,7 +68,7 @@ def test_nothing_is_printed_while_results_are_wrong(monkeypatch: pytest.MonkeyPa
     def slightly_wrong(*args: object, **kwargs: object) -> torch.Tensor:
         return mambablock.selective_scan(*args, **kwargs) * 1.001
 
-    monkeypatch.setattr(contenders, "selective_scan", slightly_wrong)
+    monkeypatch.setattr(implementations, "selective_scan", slightly_wrong)
     outcome = CliRunner().invoke(app, ["--quick"])
     assert outcome.exit_code == 1
     assert outcome.stdout == ""

@@ -21,10 +21,10 @@ pytest.importorskip("typer")
 
 import typer
 from benchmarks import __main__ as command_line
-from benchmarks import contenders, cuda, device, measure, results, settings
+from benchmarks import cuda, device, implementations, measure, results, settings
 from benchmarks.__main__ import Device, Section
-from benchmarks.contenders import CAUSAL_CONV1D, MAMBA_SSM
 from benchmarks.correctness import WrongResultError, check_cuda
+from benchmarks.implementations import CAUSAL_CONV1D, MAMBA_SSM
 from benchmarks.results import Results, quantity
 from benchmarks.settings import CudaSettings
 from typer.testing import CliRunner
@@ -127,7 +127,7 @@ def test_wrong_results_end_a_measurement(from_length: int, monkeypatch: pytest.M
         y = mambablock.selective_scan(u, *args, **kwargs)
         return y * 1.1 if u.dtype == torch.bfloat16 and u.shape[1] >= from_length else y
 
-    monkeypatch.setattr(contenders, "selective_scan", wrong)
+    monkeypatch.setattr(implementations, "selective_scan", wrong)
     with pytest.raises(WrongResultError, match="forward"):
         cuda.measure_scan(ON_CPU)
 
@@ -212,7 +212,7 @@ def test_nothing_is_printed_while_results_are_wrong(monkeypatch: pytest.MonkeyPa
     def wrong(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return mambablock.causal_conv1d(x, *args, **kwargs) * 1.1
 
-    monkeypatch.setattr(contenders, "causal_conv1d", wrong)
+    monkeypatch.setattr(implementations, "causal_conv1d", wrong)
     outcome = CliRunner().invoke(app, ["--device", "cuda", "--quick"])
     assert outcome.exit_code == 1
     assert outcome.stdout == ""

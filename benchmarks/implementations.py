@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other implementations, called as mambablock is, on the same inputs and weights."""
+"""The implementations, mambablock and others, called alike on the same inputs and weights."""
 
 from __future__ import annotations
 
