@@ -22,7 +22,7 @@ from .block import measure_block, measure_decode
 from .conv import measure_conv
 from .correctness import WrongResultError, check_cpu, check_cuda
 from .device import NotReadyError, require_device
-from .implementations import missing_cuda_packages, missing_packages
+from .implementations import CAUSAL_CONV1D, MAMBA_SSM, MAMBAPY, TRANSFORMERS, importable
 from .layout import measure_layout
 from .measure import in_fresh_process
 from .memory import measure_memory
@@ -51,7 +51,7 @@ class Section(str, Enum):
 class Suite:
     """What a device's benchmarks are."""
 
-    missing: Callable[[], list[str]]
+    packages: tuple[str, ...]
     check: Callable[..., None]
     sections: dict[Section, Callable[..., Results]]
     full: Sampling
@@ -60,7 +60,7 @@ class Suite:
 
 suites = {
     Device.cpu: Suite(
-        missing_packages,
+        (TRANSFORMERS, MAMBAPY),
         check_cpu,
         {
             Section.rate: measure_rate,
@@ -75,7 +75,7 @@ suites = {
         QUICK,
     ),
     Device.cuda: Suite(
-        missing_cuda_packages,
+        (MAMBA_SSM, CAUSAL_CONV1D),
         check_cuda,
         {
             Section.scan: cuda.measure_scan,
@@ -107,7 +107,8 @@ def main(
         raise typer.BadParameter(f"--only {other[0]} is not measured with --device {device.value}")
     progress = Console(stderr=True)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    results = Results(notes=suite.missing())
+    missing = [name for name in suite.packages if not importable(name)]
+    results = Results(notes=[f"{name} can't be imported: it is left out" for name in missing])
     try:
         if device is Device.cuda:
             require_device()
@@ -124,7 +125,8 @@ def main(
         print(f"{error}.", file=sys.stderr)
         raise typer.Exit(1) from None
 
-    console.print(", ".join(f"{name}: {value}" for name, value in machine(device.value).items()))
+    facts = machine(device.value, suite.packages)
+    console.print(", ".join(f"{name}: {value}" for name, value in facts.items()))
     for section in suite.sections:
         if results.select(section.value):
             console.print(figures_table(results, section.value))
@@ -140,11 +142,12 @@ def main(
     if output is None and not quick and not only:
         output = Path(__file__).parent / "results"
     if output is not None:
-        results.save(output, settings)
+        output.mkdir(parents=True, exist_ok=True)
+        results.save(output / f"{device.value}.json", facts, settings)
         if plots:
             from .plots import save_plots
 
-            save_plots(results, output, settings)
+            save_plots(device.value, results, output, settings)
 
 
 def _measured(section: Section, measure: Callable[..., Results], settings: Sampling) -> Results:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from mambablock import MambaBlock
 
@@ -87,17 +86,12 @@ def measure_decode(settings: Settings) -> Results:
     keep_freed_memory()
     results = Results()
     block, x = MambaBlock(D_MODEL), torch.randn(1, D_MODEL)
-    layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
-    inputs = [torch.randn(1, layer.in_features) for layer in layers]
-
-    def linears() -> None:
-        for layer, row in zip(layers, inputs, strict=True):
-            F.linear(row, layer.weight)
-
+    linears = linears_task(block, x)
     steps = {name: (lambda step=step: step(x)) for name, step in decoders(block).items()}
+    steps[LINEARS] = lambda: linears.function(*linears.leaves)
     for count in settings.threads:
         with threads(count), torch.no_grad():
-            timings = interleave({**steps, LINEARS: linears}, settings)
+            timings = interleave(steps, settings)
         for name in timings.samples:
             rate = 1 / timings.seconds(name)
             results.add("decode", name, threads=count, value=rate, unit="tokens/s")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .implementations import OURS, PYTORCH, conv, conv_inputs, pytorch_conv
+from .implementations import OURS, PYTORCH, conv, conv_inputs, pytorch_conv, time_last
 from .measure import Task, fitting_lengths, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
 from .settings import Settings
@@ -31,10 +31,10 @@ def measure_conv(settings: Settings) -> Results:
 def _next_to_silu(
     length: int, dtype: torch.dtype, count: int, settings: Settings, results: Results
 ) -> None:
-    x, weight, bias = conv_inputs(length, dtype=dtype).values()
-    tasks = {OURS: Task(conv, x, weight, bias), SILU: Task(F.silu, x)}
+    inputs = conv_inputs(length, dtype=dtype)
+    tasks = {OURS: conv(inputs), SILU: Task(F.silu, inputs["x"])}
     if length <= LONGEST_FOR_PYTORCH and dtype == torch.float32:
-        tasks[PYTORCH] = Task(pytorch_conv, x.transpose(1, 2).contiguous(), weight, bias)
+        tasks[PYTORCH] = Task(pytorch_conv, *time_last(inputs))
     functions = {(name, "forward"): task.forward for name, task in tasks.items()}
     functions |= {(name, "backward"): task.backward for name, task in tasks.items()}
     timings = interleave(functions, settings)

@@ -16,8 +16,8 @@ from .implementations import (
     LINEARS,
     MAMBA_SSM,
     OURS,
+    conv,
     conv_inputs,
-    conv_task,
     cuda_convs,
     cuda_scans,
     linears_task,
@@ -106,7 +106,7 @@ def measure_conv(settings: CudaSettings) -> Results:
     batch, length, channels = settings.batch, settings.conv_length, settings.channels
     with torch.device(settings.device):
         inputs = conv_inputs(length, d_inner=channels, dtype=DTYPE, batch=batch)
-        check_against_cpu("causal_conv1d", conv_task, inputs)
+        check_against_cpu("causal_conv1d", conv, inputs)
         tasks = {name: prepare(inputs) for name, prepare in cuda_convs().items()}
         x = inputs["x"].flatten()
         # The forward reads x and writes y; the backward reads x and dy and writes dx.

@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -22,48 +21,35 @@ from mambablock.compat.mamba_ssm import selective_scan_fn
 from .measure import Task
 from .settings import D_CONV, D_INNER, D_MODEL, D_STATE
 
-OURS, RECOMPUTING, LOOP, TRANSFORMERS, MAMBAPY, LINEARS = (
-    "mambablock",
-    "recompute=True",
-    "PyTorch loop",
-    "transformers",
-    "mambapy",
-    "four F.linear",
-)
-PYTORCH = "F.conv1d + F.silu"
+OURS, RECOMPUTING, LOOP = "mambablock", "recompute=True", "PyTorch loop"
+LINEARS, PYTORCH = "four F.linear", "F.conv1d + F.silu"
+TRANSFORMERS, MAMBAPY = "transformers", "mambapy"
 MAMBA_SSM, CAUSAL_CONV1D = "mamba-ssm", "causal-conv1d"
-HAS_TRANSFORMERS, HAS_MAMBAPY = (find_spec(name) is not None for name in (TRANSFORMERS, MAMBAPY))
+# What is imported of each package, CUDA extensions too.
+MODULES: dict[str, tuple[str, ...]] = {
+    TRANSFORMERS: ("transformers",),
+    MAMBAPY: ("mambapy",),
+    MAMBA_SSM: ("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"),
+    CAUSAL_CONV1D: ("causal_conv1d_cuda", "causal_conv1d"),
+}
 
 Mixer = Callable[[Tensor], Any]
 Prepare = Callable[[dict[str, Tensor]], Task]
+T = TypeVar("T")
 
 
-def missing_packages() -> list[str]:
-    packages = ((TRANSFORMERS, HAS_TRANSFORMERS), (MAMBAPY, HAS_MAMBAPY))
-    return [
-        f"{name} is not installed: its figures are left out (pip install {name})"
-        for name, present in packages
-        if not present
-    ]
-
-
-def missing_cuda_packages() -> list[str]:
-    packages = {MAMBA_SSM: cuda_scans(), CAUSAL_CONV1D: cuda_convs()}
-    return [
-        f"{name}'s CUDA functions can't be imported: its figures are left out"
-        for name, found in packages.items()
-        if name not in found
-    ]
-
-
-def _importable(*modules: str) -> bool:
-    """Whether they are there, and built for this torch."""
+def importable(name: str) -> bool:
+    """Whether an implementation's package is there, and built for this torch."""
     try:
-        for module in modules:
+        for module in MODULES.get(name, ()):
             import_module(module)
     except ImportError:
         return False
     return True
+
+
+def _present(by_name: dict[str, T]) -> dict[str, T]:
+    return {name: value for name, value in by_name.items() if importable(name)}
 
 
 def tiled(length: int, width: int, dtype: torch.dtype, batch: int = 1) -> Tensor:
@@ -116,18 +102,23 @@ def first_steps(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     return {name: t[:, :length] if t.dim() == 3 else t for name, t in inputs.items()}
 
 
-def scan(inputs: dict[str, Tensor]) -> Task:
-    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
-        return selective_scan(
-            u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True
-        )
+def _scan_of(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The scan as a function of tensors alone, in the order of scan_inputs."""
 
-    return Task(function, *inputs.values())
+    def function(*tensors: Tensor) -> Any:
+        *required, D, z, delta_bias = tensors
+        return operator(*required, D=D, z=z, delta_bias=delta_bias, delta_softplus=True)
+
+    return function
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y: Tensor = causal_conv1d(x, weight, bias=bias, silu=True)
-    return y
+def _conv_of(operator: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, weight, bias: operator(x, weight, bias=bias, silu=True)
+
+
+# This package's functions with the signatures of mamba-ssm and causal-conv1d.
+compat_scan = _scan_of(selective_scan_fn)
+compat_conv = partial(causal_conv1d_fn, activation="silu")
 
 
 def pytorch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -136,51 +127,31 @@ def pytorch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(padded[..., : x.shape[2]])
 
 
-def conv_task(inputs: dict[str, Tensor]) -> Task:
-    return Task(conv, *inputs.values())
+def scan(inputs: dict[str, Tensor]) -> Task:
+    return Task(_scan_of(selective_scan), *inputs.values())
 
 
-def compat_scan(  # type: ignore[no-untyped-def]
-    u, delta, A, B, C, D, z, delta_bias, function=selective_scan_fn
-):
-    """mamba-ssm's function, of this package or of that."""
-    return function(u, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
-
-
-def compat_conv(
-    x: Tensor, weight: Tensor, bias: Tensor, function: Callable[..., Any] = causal_conv1d_fn
-) -> Any:
-    """causal-conv1d's function, of this package or of that."""
-    return function(x, weight, bias, activation="silu")
+def conv(inputs: dict[str, Tensor]) -> Task:
+    return Task(_conv_of(causal_conv1d), *inputs.values())
 
 
 def loop_scan(inputs: dict[str, Tensor]) -> Task:
-    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
-        return reference.selective_scan(
-            u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True
-        )
+    return Task(_scan_of(reference.selective_scan), *inputs.values())
 
-    return Task(function, *inputs.values())
+
+def loop_conv(inputs: dict[str, Tensor]) -> Task:
+    return Task(_conv_of(reference.causal_conv1d), *inputs.values())
 
 
 def transformers_scan(inputs: dict[str, Tensor]) -> Task:
-    import transformers
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan
-
-    transformers.logging.set_verbosity_error()  # that its kernels are absent is known
-
-    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
-        return mamba_selective_scan(
-            u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=True
-        )
-
-    return Task(function, *time_last(inputs))
+    return Task(_scan_of(_modeling_mamba().mamba_selective_scan), *time_last(inputs))
 
 
 def mambapy_scan(inputs: dict[str, Tensor]) -> Task:
     from mambapy.mamba import MambaBlock as MambapyBlock
 
-    def function(u, delta, A, B, C, D, z, delta_bias):  # type: ignore[no-untyped-def]
+    def function(*tensors: Tensor) -> Any:
+        u, delta, A, B, C, D, z, delta_bias = tensors
         delta = F.softplus(delta + delta_bias)
         return MambapyBlock.selective_scan(None, u, delta, A, B, C, D) * F.silu(z)
 
@@ -190,47 +161,42 @@ def mambapy_scan(inputs: dict[str, Tensor]) -> Task:
 def mamba_ssm_scan(inputs: dict[str, Tensor]) -> Task:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    return Task(partial(compat_scan, function=selective_scan_fn), *time_last(inputs))
+    return Task(_scan_of(selective_scan_fn), *time_last(inputs))
 
 
 def causal_conv1d_conv(inputs: dict[str, Tensor]) -> Task:
     from causal_conv1d import causal_conv1d_fn
 
-    return Task(partial(compat_conv, function=causal_conv1d_fn), *time_last(inputs))
-
-
-def cuda_scans() -> dict[str, Prepare]:
-    found: dict[str, Prepare] = {OURS: scan}
-    if _importable("selective_scan_cuda", "mamba_ssm.ops.selective_scan_interface"):
-        found[MAMBA_SSM] = mamba_ssm_scan
-    return found
-
-
-def cuda_convs() -> dict[str, Prepare]:
-    found: dict[str, Prepare] = {OURS: conv_task}
-    if _importable("causal_conv1d_cuda", "causal_conv1d"):
-        found[CAUSAL_CONV1D] = causal_conv1d_conv
-    return found
+    return Task(partial(causal_conv1d_fn, activation="silu"), *time_last(inputs))
 
 
 def scans() -> dict[str, Prepare]:
-    found: dict[str, Prepare] = {OURS: scan, LOOP: loop_scan}
-    if HAS_TRANSFORMERS:
-        found[TRANSFORMERS] = transformers_scan
-    if HAS_MAMBAPY:
-        found[MAMBAPY] = mambapy_scan
-    return found
+    others = {LOOP: loop_scan, TRANSFORMERS: transformers_scan, MAMBAPY: mambapy_scan}
+    return _present({OURS: scan, **others})
+
+
+def cuda_scans() -> dict[str, Prepare]:
+    return _present({OURS: scan, MAMBA_SSM: mamba_ssm_scan})
+
+
+def cuda_convs() -> dict[str, Prepare]:
+    return _present({OURS: conv, CAUSAL_CONV1D: causal_conv1d_conv})
+
+
+def _modeling_mamba() -> Any:
+    import transformers
+    from transformers.models.mamba import modeling_mamba
+
+    transformers.logging.set_verbosity_error()  # that its kernels are absent is known
+    return modeling_mamba
 
 
 def transformers_mixer(block: MambaBlock) -> Any:
-    import transformers
-    from transformers.models.mamba.modeling_mamba import MambaMixer
-
-    transformers.logging.set_verbosity_error()
-    config = transformers.MambaConfig(
+    modeling = _modeling_mamba()
+    config = modeling.MambaConfig(
         hidden_size=D_MODEL, state_size=D_STATE, conv_kernel=D_CONV, num_hidden_layers=1
     )
-    mixer = MambaMixer(config, layer_idx=0)
+    mixer = modeling.MambaMixer(config, layer_idx=0)
     mixer.load_state_dict(block.state_dict())
     return mixer
 
@@ -250,29 +216,30 @@ def recomputing_mixer(block: MambaBlock) -> MambaBlock:
     return mixer
 
 
+def _with_reference(function: Mixer, *operators: str) -> Mixer:
+    """A block, or its step, with these operators of the reference."""
+    by_name = {name: getattr(reference, name) for name in operators}
+
+    def loop(x: Tensor) -> Any:
+        with patch.multiple("mambablock.block", **by_name):
+            return function(x)
+
+    return loop
+
+
 def loop_mixer(block: MambaBlock) -> Mixer:
-    """The block's own forward with the definition's operators."""
+    return _with_reference(block, "causal_conv1d", "selective_scan")
 
-    def forward(x: Tensor) -> Any:
-        with patch.multiple(
-            "mambablock.block",
-            causal_conv1d=reference.causal_conv1d,
-            selective_scan=reference.selective_scan,
-        ):
-            return block(x)
 
-    return forward
+def loop_decoder(block: MambaBlock) -> Mixer:
+    return _with_reference(decoder(block), "causal_conv1d_update", "selective_state_update")
 
 
 def mixers(block: MambaBlock) -> dict[str, Mixer]:
     """Of the block's weights."""
-    found: dict[str, Mixer] = {OURS: block, RECOMPUTING: recomputing_mixer(block)}
-    found[LOOP] = loop_mixer(block)
-    if HAS_TRANSFORMERS:
-        found[TRANSFORMERS] = transformers_mixer(block)
-    if HAS_MAMBAPY:
-        found[MAMBAPY] = mambapy_mixer(block)
-    return found
+    others = {LOOP: loop_mixer, TRANSFORMERS: transformers_mixer, MAMBAPY: mambapy_mixer}
+    makers = _present({RECOMPUTING: recomputing_mixer, **others})
+    return {OURS: block, **{name: make(block) for name, make in makers.items()}}
 
 
 def mixer_task(mixer: Mixer, block: MambaBlock, x: Tensor) -> Task:
@@ -283,7 +250,7 @@ def mixer_task(mixer: Mixer, block: MambaBlock, x: Tensor) -> Task:
 def linears_task(block: MambaBlock, x: Tensor) -> Task:
     """The block's four matrix products for x alone, each on an input of its own."""
     layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
-    inputs = [torch.randn(*x.shape[:2], layer.in_features, dtype=x.dtype) for layer in layers]
+    inputs = [torch.randn(*x.shape[:-1], layer.in_features, dtype=x.dtype) for layer in layers]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(map(F.linear, tensors[:4], tensors[4:]))
@@ -298,22 +265,14 @@ def under_autocast(task: Task, device: str) -> Task:
 
 def decoders(block: MambaBlock) -> dict[str, Mixer]:
     """Functions of x (1, d_model) that move a state of their own on by one token."""
-    state, loop_state = block.allocate_state(1), block.allocate_state(1)
+    others = {LOOP: loop_decoder, TRANSFORMERS: transformers_decoder, MAMBAPY: mambapy_decoder}
+    makers = _present({OURS: decoder, **others})
+    return {name: make(block) for name, make in makers.items()}
 
-    def loop_step(x: Tensor) -> Any:
-        with patch.multiple(
-            "mambablock.block",
-            causal_conv1d_update=reference.causal_conv1d_update,
-            selective_state_update=reference.selective_state_update,
-        ):
-            return block.step(x, loop_state)
 
-    found: dict[str, Mixer] = {OURS: lambda x: block.step(x, state), LOOP: loop_step}
-    if HAS_TRANSFORMERS:
-        found[TRANSFORMERS] = transformers_decoder(block)
-    if HAS_MAMBAPY:
-        found[MAMBAPY] = mambapy_decoder(block)
-    return found
+def decoder(block: MambaBlock) -> Mixer:
+    state = block.allocate_state(1)
+    return lambda x: block.step(x, state)
 
 
 def transformers_decoder(block: MambaBlock) -> Mixer:

@@ -13,10 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .implementations import PYTORCH, compat_conv, compat_scan, pytorch_conv, scan_inputs, tiled
+from .implementations import (
+    PYTORCH,
+    compat_conv,
+    compat_scan,
+    conv_inputs,
+    pytorch_conv,
+    scan_inputs,
+)
 from .measure import Task, interleave, keep_freed_memory, threads
 from .results import Results, dtype_name
-from .settings import D_CONV, D_INNER, D_MODEL, D_STATE, Settings
+from .settings import D_INNER, D_MODEL, D_STATE, Settings
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels last"
 
@@ -34,17 +41,17 @@ def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, 
     In float32, also PyTorch's convolution, whose layout is the contiguous one.
     """
     inputs = scan_inputs(length, d_inner=d_inner, dtype=dtype)
-    conv_inputs = (tiled(length, d_inner, dtype), torch.randn(d_inner, D_CONV), inputs["D"])
+    conv_tensors = tuple(conv_inputs(length, d_inner=d_inner, dtype=dtype).values())
     x_proj = torch.randn(D_MODEL // 16 + 2 * D_STATE, d_inner).to(dtype)
     found: dict[str, dict[str, Task]] = {}
     for op, function, by_pytorch, tensors in (
         ("scan", compat_scan, None, tuple(inputs.values())),
-        ("conv", compat_conv, pytorch_conv, conv_inputs),
+        ("conv", compat_conv, pytorch_conv, conv_tensors),
         (
             "conv + x_proj",
             before_x_proj(compat_conv),
             before_x_proj(pytorch_conv),
-            (*conv_inputs, x_proj),
+            (*conv_tensors, x_proj),
         ),
     ):
         last = [t.transpose(1, 2) if t.dim() == 3 else t for t in tensors]

@@ -13,10 +13,10 @@ import torch
 from mambablock import MambaBlock
 
 from .implementations import (
-    HAS_MAMBAPY,
     MAMBAPY,
     OURS,
     RECOMPUTING,
+    importable,
     mambapy_mixer,
     mixer_task,
     mixers,
@@ -45,7 +45,7 @@ def measure_memory(settings: Settings) -> Results:
     length = settings.length
     ours = in_fresh_process(_training_peak, OURS, length)
     _add(results, OURS, "training step", length, ours)
-    if HAS_MAMBAPY:
+    if importable(MAMBAPY):
         theirs = in_fresh_process(_training_peak, MAMBAPY, length)
         _add(results, MAMBAPY, "training step", length, theirs)
         what = f"peak of the training step above the weights, L = {length}"

@@ -18,9 +18,8 @@ from .settings import D_INNER, D_STATE, CudaSettings, Sampling, Settings
 Series = dict[str, list[tuple[Any, float]]]
 
 
-def save_plots(results: Results, folder: Path, settings: Sampling) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (section, draw, panels) in _plots[settings.device].items():
+def save_plots(device: str, results: Results, folder: Path, settings: Sampling) -> None:
+    for name, (section, draw, panels) in _plots[device].items():
         if results.select(section):
             figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
             draw(figure.subplots(1, panels, squeeze=False)[0], results, settings)

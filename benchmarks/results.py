@@ -102,27 +102,19 @@ class Results:
             and all(figure.get(name) == value for name, value in values.items())
         ]
 
-    def save(self, folder: Path, settings: Sampling) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def save(self, path: Path, machine: dict[str, Any], settings: Sampling) -> None:
         content = {
-            "machine": machine(settings.device),
+            "machine": machine,
             "sizes": settings.sizes,
             "settings": asdict(settings),
             "notes": self.notes,
             "targets": [asdict(target) | {"met": target.met} for target in self.targets],
             "figures": self.figures,
         }
-        path = folder / f"{settings.device}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-_packages = {
-    "cpu": ("torch", "transformers", "mambapy"),
-    "cuda": ("torch", "mamba-ssm", "causal-conv1d"),
-}
-
-
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str, packages: tuple[str, ...]) -> dict[str, Any]:
     info = _C.build_info()
     return (_cuda_device() if device == "cuda" else {}) | {
         "processor": _processor(),
@@ -130,7 +122,7 @@ def machine(device: str) -> dict[str, Any]:
         "simd_level": info["simd_level"],
         "compiler": info["compiler"],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _packages[device]},
+        "versions": {name: _version(name) for name in ("torch", *packages)},
     }
 
 

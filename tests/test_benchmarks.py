@@ -43,8 +43,8 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.block.keep_freed_memory", lambda: None)
     monkeypatch.setattr("benchmarks.layout.keep_freed_memory", lambda: None)
     monkeypatch.setattr(command_line, "in_fresh_process", lambda measure, *args: measure(*args))
-    monkeypatch.setattr(implementations, "HAS_TRANSFORMERS", False)
-    monkeypatch.setattr(implementations, "HAS_MAMBAPY", False)
+    modules = dict.fromkeys(implementations.MODULES, ("absent",))
+    monkeypatch.setattr(implementations, "MODULES", modules)
     suites = command_line.suites
     monkeypatch.setitem(suites, Device.cpu, replace(suites[Device.cpu], quick=SMALLEST))
 
@@ -102,7 +102,7 @@ def test_scan_and_its_plots(tmp_path: Path) -> None:
     for passes in ("forward", "forward + backward"):
         lengths = {f["length"] for f in results.select("scan", **{"pass": passes})}
         assert lengths == {8, 16}
-    save_plots(results, tmp_path, SMALLEST)
+    save_plots("cpu", results, tmp_path, SMALLEST)
     assert {path.name for path in tmp_path.iterdir()} == {"scan_length.png", "scan_sizes.png"}
 
 
