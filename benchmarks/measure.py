@@ -20,6 +20,9 @@ from torch import Tensor
 
 from .settings import D_INNER, Sampling, Settings
 
+# Not forked: a fork has the SIMD level, the allocator and the memory of its parent.
+PROCESSES = multiprocessing.get_context("spawn")
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
@@ -139,14 +142,12 @@ def threads(count: int) -> Iterator[None]:
 def in_fresh_process(
     function: Callable[..., Result], *args: object, environment: Mapping[str, str] | None = None
 ) -> Result:
-    """function(*args) in a new process: with its own SIMD level, its own memory."""
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), _set_environment, (dict(environment or {}),)
-    ) as pool:
+    """function(*args) in a new process: with its own SIMD level, allocator and memory."""
+    with ProcessPoolExecutor(1, PROCESSES, _set_environment, (environment or {},)) as pool:
         return pool.submit(function, *args).result()
 
 
-def _set_environment(environment: dict[str, str]) -> None:
+def _set_environment(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
@@ -157,23 +158,27 @@ def keep_freed_memory() -> None:
     one, which would cost every implementation here up to half of its time, and differently at
     different lengths. PyTorch's tuning guide recommends allocators that do not.
     """
-    _mallopt(_MMAP_MAX, 0)
-    _mallopt(_TRIM_THRESHOLD, -1)
+    _glibc("mallopt", _MMAP_MAX, 0)
+    _glibc("mallopt", _TRIM_THRESHOLD, -1)
 
 
 def return_freed_memory() -> None:
-    """Make it give every freed tensor back at once, so that resident memory is memory in use."""
-    _mallopt(_MMAP_THRESHOLD, 1 << 16)
-    _mallopt(_TRIM_THRESHOLD, 0)
+    """Make it give back what is free, and from now on every freed tensor at once.
+
+    So that resident memory is memory in use.
+    """
+    _glibc("mallopt", _MMAP_THRESHOLD, 1 << 16)
+    _glibc("mallopt", _TRIM_THRESHOLD, 0)
+    _glibc("malloc_trim", 0)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
-def _mallopt(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(parameter, value)
+def _glibc(function: str, *arguments: int) -> None:
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)
 
 
 def fitting_lengths(settings: Settings, tensors: int, notes: list[str]) -> tuple[int, ...]:

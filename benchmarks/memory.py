@@ -85,12 +85,18 @@ def _peak(function: Callable[[], object]) -> int:
 
     The system keeps the highest value itself, so nothing is missed between samples.
     """
-    gc.collect()
+    before = _resident()
     with suppress(OSError):  # without the reset, the imports' peak is still below the function's
         Path("/proc/self/clear_refs").write_text("5")
-    before = proc_bytes("self/status", "VmRSS")
     function()
     return proc_bytes("self/status", "VmHWM") - before
+
+
+def _resident() -> int:
+    """Bytes of memory in use."""
+    gc.collect()
+    return_freed_memory()
+    return proc_bytes("self/status", "VmRSS")
 
 
 def _bytes(*tensors: torch.Tensor) -> int:
@@ -99,7 +105,6 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 def scan_peak(length: int, passes: str) -> tuple[int, int]:
     """Peak with the inputs, and the bytes of the tensors that go in and come out."""
-    return_freed_memory()
     _warm_up(scan(scan_inputs(16, dtype=torch.float32)))
     task = scan(scan_inputs(length, dtype=torch.float32))
     inputs = _bytes(*task.leaves)
@@ -112,7 +117,6 @@ def scan_peak(length: int, passes: str) -> tuple[int, int]:
 
 
 def _training_peak(name: str, length: int) -> int:
-    return_freed_memory()
     block = MambaBlock(D_MODEL)
     mixer = mambapy_mixer(block) if name == MAMBAPY else block
     _warm_up(mixer_task(mixer, block, torch.randn(1, 16, D_MODEL)))
@@ -124,15 +128,13 @@ def _training_peak(name: str, length: int) -> int:
 
 def kept_for_backward(name: str, length: int) -> int:
     """Bytes in memory after a block's forward, besides its input, output and weights."""
-    return_freed_memory()
     block = MambaBlock(D_MODEL)
     mixer = mixers(block)[name]
     x = torch.randn(1, length, D_MODEL)
     _warm_up(mixer_task(mixer, block, x))
-    gc.collect()
-    before = proc_bytes("self/status", "VmRSS")
+    before = _resident()
     y = mixer(x)
-    return proc_bytes("self/status", "VmRSS") - before - _bytes(y)
+    return _resident() - before - _bytes(y)
 
 
 def _warm_up(task: Task) -> None:

@@ -19,7 +19,7 @@ Series = dict[str, list[tuple[Any, float]]]
 
 
 def save_plots(device: str, results: Results, folder: Path, settings: Sampling) -> None:
-    for name, (section, draw, panels) in _plots[device].items():
+    for name, (section, draw, panels) in PLOTS[device].items():
         if results.select(section):
             figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
             draw(figure.subplots(1, panels, squeeze=False)[0], results, settings)
@@ -130,7 +130,7 @@ def _memory(panels: list[Axes], results: Results, settings: Settings) -> None:
 
 _PER_STEP = "ns per channel and time step"
 _passes = {"scan": ("forward", "forward + backward"), "conv": ("forward", "backward")}
-_plots: dict[str, dict[str, tuple[str, Callable[[list[Axes], Results, Any], None], int]]] = {
+PLOTS: dict[str, dict[str, tuple[str, Callable[[list[Axes], Results, Any], None], int]]] = {
     "cpu": {
         "rate": ("rate", _rate, 1),
         "scan_length": ("scan", lambda panels, results, _: _by_length("scan", panels, results), 2),

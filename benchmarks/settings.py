@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 D_MODEL, D_INNER, D_STATE, D_CONV = 768, 1536, 16, 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     sizes: ClassVar[dict[str, Any]]
     device: str
-    rounds: int
+    rounds: int = 1
     """Samples of each figure; its median is taken."""
-    sample_seconds: float
+    sample_seconds: float = 0.0
     """A call that takes less is repeated within a sample."""
-    comparison_seconds: float
+    comparison_seconds: float = 0.0
     """After this long, a comparison ends with the rounds it has, but not with fewer than three."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings(Sampling):
     """On the CPU: one sequence of the widths above."""
 
@@ -32,6 +32,7 @@ class Settings(Sampling):
         "d_inner": D_INNER,
         "d_state": D_STATE,
     }
+    device: str = "cpu"
     length: int
     """That of the comparisons with a target."""
     lengths: tuple[int, ...]
@@ -45,11 +46,12 @@ class Settings(Sampling):
     """The targets are those of the last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CudaSettings(Sampling):
     """On a CUDA device, in bfloat16."""
 
     sizes: ClassVar[dict[str, Any]] = {"d_state": D_STATE, "d_conv": D_CONV}
+    device: str = "cuda"
     batch: int
     length: int
     """Those of the targets."""
@@ -66,7 +68,6 @@ class CudaSettings(Sampling):
 
 
 FULL = Settings(
-    device="cpu",
     rounds=9,
     sample_seconds=0.02,
     comparison_seconds=15.0,
@@ -79,20 +80,15 @@ FULL = Settings(
     threads=(1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,),
 )
 QUICK = Settings(
-    device="cpu",
-    rounds=3,
-    sample_seconds=0.002,
-    comparison_seconds=0.0,
     length=128,
-    lengths=(256, 1024),
+    lengths=(64, 256),
     slow_lengths=(128,),
-    quadratic_length=32,
+    quadratic_length=64,
     d_states=(4, 16),
-    memory_length=4096,
+    memory_length=1024,
     threads=(1,),
 )
 CUDA_FULL = CudaSettings(
-    device="cuda",
     rounds=25,
     sample_seconds=0.02,
     comparison_seconds=8.0,
@@ -106,10 +102,6 @@ CUDA_FULL = CudaSettings(
     conv_length=32768,
 )
 CUDA_QUICK = CudaSettings(
-    device="cuda",
-    rounds=3,
-    sample_seconds=0.002,
-    comparison_seconds=0.0,
     batch=2,
     length=256,
     channels=128,
