@@ -118,12 +118,9 @@ def main(
             if not only or section in only:
                 with progress.status(f"measuring: {section.value}"):
                     results.extend(_measured(section, measure, settings))
-    except NotReadyError as error:
+    except (NotReadyError, WrongResultError) as error:
         print(f"{error}.", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except WrongResultError as error:
-        print(f"{error}.", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if isinstance(error, NotReadyError) else 1) from None
 
     facts = machine(device.value, suite.packages)
     console.print(", ".join(f"{name}: {value}" for name, value in facts.items()))

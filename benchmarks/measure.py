@@ -7,10 +7,10 @@ import ctypes
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Generic, TypeVar
@@ -62,6 +62,17 @@ class Task:
     def train(self) -> tuple[Tensor, ...]:
         """Forward and backward; all gradients."""
         return torch.autograd.grad(self._outputs(), self.leaves, self.output_gradients)
+
+
+FORWARD, BACKWARD, TRAIN, STEP = "forward", "backward", "forward + backward", "training step"
+_METHODS = {FORWARD: Task.forward, BACKWARD: Task.backward, TRAIN: Task.train, STEP: Task.train}
+
+
+def passes_of(
+    tasks: Mapping[Key, Task], *passes: str
+) -> dict[tuple[Key, str], Callable[[], object]]:
+    """What is timed of the tasks, by (name, pass)."""
+    return {(name, p): partial(_METHODS[p], task) for p in passes for name, task in tasks.items()}
 
 
 class Timings(Generic[Key]):
@@ -129,16 +140,6 @@ def _device_seconds(function: Callable[[], object], repeats: int) -> float:
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def in_fresh_process(
     function: Callable[..., Result], *args: object, environment: Mapping[str, str] | None = None
 ) -> Result:
@@ -181,15 +182,14 @@ def _glibc(function: str, *arguments: int) -> None:
         found(*arguments)
 
 
-def fitting_lengths(settings: Settings, tensors: int, notes: list[str]) -> tuple[int, ...]:
-    """The lengths at which as many float32 tensors of (1, length, D_INNER) fit into memory."""
+def with_fitting_lengths(settings: Settings) -> tuple[Settings, list[str]]:
+    """Without lengths whose tensors do not fit into memory, which a note names."""
+    # The scan's four large inputs, three gradients and output, and the allocator's gaps.
     available = proc_bytes("meminfo", "MemAvailable")
-    most = 0.9 * available / (tensors * D_INNER * torch.float32.itemsize)
-    left_out = [length for length in settings.lengths if length > most]
+    most = 0.9 * available / (11 * D_INNER * torch.float32.itemsize)
+    lengths = tuple(length for length in settings.lengths if length <= most)
     note = f"too little free memory for lengths above {most:.0f}: they are left out"
-    if left_out:
-        notes.append(note)
-    return tuple(length for length in settings.lengths if length <= most)
+    return replace(settings, lengths=lengths), [note] if lengths != settings.lengths else []
 
 
 def proc_bytes(file: str, name: str) -> int:

@@ -23,8 +23,16 @@ from .implementations import (
     scan,
     scan_inputs,
 )
-from .measure import Task, in_fresh_process, proc_bytes, return_freed_memory
-from .results import Results, Target
+from .measure import (
+    BACKWARD,
+    FORWARD,
+    STEP,
+    Task,
+    in_fresh_process,
+    proc_bytes,
+    return_freed_memory,
+)
+from .results import Results
 from .settings import D_MODEL, Settings
 
 
@@ -32,48 +40,33 @@ def measure_memory(settings: Settings) -> Results:
     """Every figure comes from a process of its own."""
     results = Results()
     length = settings.memory_length
-    for passes in ("forward", "backward"):
+    for passes in (FORWARD, BACKWARD):
         peak, needed = in_fresh_process(scan_peak, length, passes)
         _add(results, "selective_scan", passes, length, peak)
         _add(results, "its tensors", passes, length, needed)
-        tensors = "inputs + outputs" + (" + gradients" if passes == "backward" else "")
+        tensors = "inputs + outputs" + (" + gradients" if passes == BACKWARD else "")
         what = f"peak of the scan's {passes}, L = {length}"
-        results.targets.append(
-            Target("memory", what, peak, "B", tensors, needed, peak / needed, 1.3)
-        )
+        results.add_target("memory", what, peak, "B", tensors, needed, 1.3)
 
     length = settings.length
     ours = in_fresh_process(_training_peak, OURS, length)
-    _add(results, OURS, "training step", length, ours)
+    _add(results, OURS, STEP, length, ours)
     if importable(MAMBAPY):
         theirs = in_fresh_process(_training_peak, MAMBAPY, length)
-        _add(results, MAMBAPY, "training step", length, theirs)
+        _add(results, MAMBAPY, STEP, length, theirs)
         what = f"peak of the training step above the weights, L = {length}"
-        target = Target("memory", what, ours, "B", MAMBAPY, theirs, ours / theirs, round(1 / 3, 3))
-        results.targets.append(target)
-    _add_kept(settings.quadratic_length, results)
-    return results
+        results.add_target("memory", what, ours, "B", MAMBAPY, theirs, round(1 / 3, 3))
 
-
-def _add_kept(length: int, results: Results) -> None:
+    length = settings.quadratic_length
     kept = {
         name: in_fresh_process(kept_for_backward, name, length) / length
         for name in mixers(MambaBlock(D_MODEL))
     }
     for name, value in kept.items():
         _add(results, name, "kept for the backward, per token", length, value)
-    results.targets.append(
-        Target(
-            "memory",
-            f"kept for the backward per token, {RECOMPUTING}",
-            kept[RECOMPUTING],
-            "B",
-            "keeping all",
-            kept[OURS],
-            kept[RECOMPUTING] / kept[OURS],
-            0.75,
-        )
-    )
+    what = f"kept for the backward per token, {RECOMPUTING}"
+    results.add_target("memory", what, kept[RECOMPUTING], "B", "keeping all", kept[OURS], 0.75)
+    return results
 
 
 def _add(results: Results, name: str, passes: str, length: int, value: float) -> None:
@@ -108,7 +101,7 @@ def scan_peak(length: int, passes: str) -> tuple[int, int]:
     _warm_up(scan(scan_inputs(16, dtype=torch.float32)))
     task = scan(scan_inputs(length, dtype=torch.float32))
     inputs = _bytes(*task.leaves)
-    if passes == "forward":
+    if passes == FORWARD:
         # With what is kept for the backward.
         return inputs + _peak(lambda: task.function(*task.leaves)), inputs + _bytes(*task.forward())
     output_gradients = _bytes(*task.output_gradients)

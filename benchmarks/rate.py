@@ -12,14 +12,14 @@ from mambablock import _C, selective_scan
 
 from .correctness import check_operators
 from .implementations import scan, scan_inputs
-from .measure import in_fresh_process, interleave, keep_freed_memory, threads
-from .results import Results, Target
+from .measure import in_fresh_process, interleave, keep_freed_memory
+from .results import Results, Target, build_info
 from .settings import D_INNER, D_STATE, Settings
 
 
 def measure_rate(settings: Settings) -> Results:
     """At each SIMD level of the machine."""
-    info, results = _C.build_info(), Results()
+    info, results = build_info(), Results()
     built = info["simd_levels_built"]
     levels = built[: built.index(info["simd_level"]) + 1]
     for level in levels[1:] or levels:  # the baseline only where there is nothing else
@@ -29,8 +29,9 @@ def measure_rate(settings: Settings) -> Results:
 
 
 def _rate_at_level(level: str, settings: Settings) -> Results:
-    if _C.build_info()["simd_level"] != level:
-        raise RuntimeError(f"the SIMD level must be {level}; got {_C.build_info()['simd_level']}")
+    if build_info()["simd_level"] != level:
+        raise RuntimeError(f"the SIMD level must be {level}; got {build_info()['simd_level']}")
+    torch.set_num_threads(1)
     keep_freed_memory()
     check_operators()
     inputs = scan_inputs(settings.length, dtype=torch.float32)
@@ -47,7 +48,7 @@ def _rate_at_level(level: str, settings: Settings) -> Results:
         "exp short": lambda: _C.math("exp", short),
         "exp long": lambda: _C.math("exp", long),
     }
-    with threads(1), torch.no_grad():
+    with torch.no_grad():
         samples = interleave(functions, settings).samples
 
     rates: dict[str, list[float]] = {}

@@ -7,7 +7,8 @@ import json
 import math
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mambablock import _C
+from mambablock._C import build_info
 
 from .measure import Key, Timings
-from .settings import Sampling
+from .settings import Sampling, Settings
 
 _columns = ("pass", "batch", "length", "channels", "d_state", "dtype", "threads", "simd")
 
@@ -53,29 +54,29 @@ class Results:
     def add(self, section: str, implementation: str, **values: Any) -> None:
         self.figures.append({"section": section, "implementation": implementation, **values})
 
-    def at_most(
+    def add_timings(self, section: str, timings: Timings[tuple[str, str]], **sizes: Any) -> None:
+        """Of implementations and their passes."""
+        for name, passes in timings.samples:
+            seconds = timings.seconds((name, passes))
+            self.add(section, name, **{"pass": passes}, **sizes, seconds=seconds)
+
+    def add_target(
         self,
         section: str,
         what: str,
-        timings: Timings[Key],
-        names: tuple[Key, Key],
+        figure: float,
+        unit: str,
         against: str,
-        bound: float,
+        against_figure: float,
+        bound: float = 1.0,
     ) -> None:
-        """The target that the first named takes at most `bound` times as long as the second."""
-        first, second = map(timings.seconds, names)
-        ratio = timings.ratio(*names)
-        self.targets.append(Target(section, what, first, "s", against, second, ratio, bound))
-
-    def within(
-        self, section: str, what: str, figure: float, unit: str, against: str, limit: float
-    ) -> None:
-        """The target that the figure is at most the limit."""
+        """That the figure is at most `bound` times the other one."""
+        ratio = figure / against_figure
         self.targets.append(
-            Target(section, what, figure, unit, against, limit, figure / limit, 1.0)
+            Target(section, what, figure, unit, against, against_figure, ratio, bound)
         )
 
-    def times_faster(
+    def add_time_target(
         self,
         section: str,
         what: str,
@@ -83,11 +84,19 @@ class Results:
         names: tuple[Key, Key],
         against: str,
         bound: float,
+        *,
+        faster: bool = False,
     ) -> None:
-        """The target that the first named is at least `bound` times faster than the second."""
-        first, second = map(timings.seconds, names)
-        ratio = timings.ratio(names[1], names[0])
-        self.targets.append(Target(section, what, first, "s", against, second, ratio, bound, True))
+        """That the first takes at most `bound` times as long as the second, or is that faster.
+
+        Without the second, whose package may be missing, there is no target.
+        """
+        first, second = names
+        if second not in timings.samples:
+            return
+        ratio = timings.ratio(second, first) if faster else timings.ratio(first, second)
+        figures = (timings.seconds(first), "s", against, timings.seconds(second))
+        self.targets.append(Target(section, what, *figures, ratio, bound, faster))
 
     def extend(self, other: Results) -> None:
         self.figures += other.figures
@@ -114,8 +123,20 @@ class Results:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def at_each_thread_count(measure: Callable[[Settings], Results], settings: Settings) -> Results:
+    """The figures of all counts, and the targets of the last, which is that of all cores."""
+    results = Results()
+    for count in settings.threads:
+        torch.set_num_threads(count)
+        found = measure(settings)
+        for figure in found.figures:
+            figure["threads"] = count
+        results.extend(found if count == settings.threads[-1] else replace(found, targets=[]))
+    return results
+
+
 def machine(device: str, packages: tuple[str, ...]) -> dict[str, Any]:
-    info = _C.build_info()
+    info = build_info()
     return (_cuda_device() if device == "cuda" else {}) | {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
@@ -133,7 +154,7 @@ def _cuda_device() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory": properties.total_memory,
         "driver": _driver(),
-        "cuda": {"torch": torch.version.cuda, "mambablock": _C.build_info()["cuda"]},
+        "cuda": {"torch": torch.version.cuda, "mambablock": build_info()["cuda"]},
     }
 
 
@@ -198,7 +219,7 @@ def figures_table(results: Results, section: str) -> Table:
     implementations = list(dict.fromkeys(figure["implementation"] for figure in figures))
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for figure in figures:
-        unit, value = figure.get("unit", "s"), figure.get("value") or figure["seconds"]
+        unit, value = figure.get("unit", "s"), figure.get("seconds", figure.get("value"))
         cells = rows.setdefault(tuple(figure.get(c, "") for c in columns), {})
         cells[figure["implementation"]] = quantity(value, unit)
     table = Table(*columns, title=section)

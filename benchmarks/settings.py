@@ -60,7 +60,7 @@ class CudaSettings(Sampling):
     steps: int
     """Of time, in one batch: the scan's are cut into sequences of each of `lengths`."""
     lengths: tuple[int, ...]
-    """The last is all steps in one sequence."""
+    """Also `steps` over `batch`; the last is all steps in one sequence."""
     longest: int
     longest_channels: int
     conv_length: int
