@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from matplotlib.ticker import EngFormatter, NullLocator
 
 from .implementations import LINEARS, OURS
 from .results import Results
+from .scan import DEFAULT
 from .settings import D_INNER, D_STATE, CudaSettings, Sampling, Settings
 
 Series = dict[str, list[tuple[Any, float]]]
 
 
 def save_plots(device: str, results: Results, folder: Path, settings: Sampling) -> None:
+    # One allocator alone, that of all lengths.
+    figures = [figure for figure in results.figures if figure.get("allocator") != DEFAULT]
+    results = replace(results, figures=figures)
     for name, (section, draw, panels) in PLOTS[device].items():
         if results.select(section):
             figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")

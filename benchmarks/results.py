@@ -21,7 +21,8 @@ from mambablock._C import build_info
 from .measure import Key, Timings
 from .settings import Sampling, Settings
 
-_columns = ("pass", "batch", "length", "channels", "d_state", "dtype", "threads", "simd")
+_sizes = ("batch", "length", "channels", "d_state", "dtype")
+_columns = ("pass", *_sizes, "threads", "simd", "allocator")
 
 
 @dataclass(frozen=True)

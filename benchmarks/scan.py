@@ -9,6 +9,7 @@ from .implementations import LOOP, OURS, TRANSFORMERS, first_steps, scan, scan_i
 from .measure import (
     FORWARD,
     TRAIN,
+    in_fresh_process,
     interleave,
     keep_freed_memory,
     passes_of,
@@ -18,13 +19,25 @@ from .results import Results, Target, at_each_thread_count, dtype_name
 from .settings import D_STATE, Settings
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KEEPING, DEFAULT = "keeps freed memory", "glibc's default"
 
 
 def measure_scan(settings: Settings) -> Results:
+    default = in_fresh_process(at_each_thread_count, _with_default_allocator, settings)
     keep_freed_memory()
     settings, notes = with_fitting_lengths(settings)
     results = at_each_thread_count(_scan, settings)
+    results.extend(default)
     results.notes += notes
+    return results
+
+
+def _with_default_allocator(settings: Settings) -> Results:
+    """As users have it: freed memory goes back to the system, and costs page faults when reused."""
+    results = Results()
+    task = scan(scan_inputs(settings.length, dtype=torch.float32))
+    seconds = interleave({TRAIN: task.train}, settings).seconds(TRAIN)
+    _add(results, OURS, TRAIN, seconds, settings.length, allocator=DEFAULT)
     return results
 
 
@@ -101,6 +114,8 @@ def _add(
     length: int,
     dtype: torch.dtype = torch.float32,
     d_state: int = D_STATE,
+    allocator: str = KEEPING,
 ) -> None:
     sizes = {"length": length, "d_state": d_state, "dtype": dtype_name(dtype)}
-    results.add("scan", implementation, **{"pass": passes}, **sizes, seconds=seconds)
+    sizes |= {"pass": passes, "allocator": allocator}
+    results.add("scan", implementation, **sizes, seconds=seconds)

@@ -28,7 +28,8 @@ from benchmarks.correctness import WrongResultError
 from benchmarks.device import NotReadyError, require_packages
 from benchmarks.implementations import OURS, RECOMPUTING
 from benchmarks.memory import kept_for_backward
-from click.testing import Result
+from benchmarks.results import Results
+from benchmarks.scan import DEFAULT
 from typer.testing import CliRunner
 
 import mambablock
@@ -37,7 +38,7 @@ from mambablock import compat
 SIZES = replace(settings.CUDA_QUICK, device="cpu")
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str) -> Any:
     app = typer.Typer()
     app.command()(command_line.main)
     return CliRunner().invoke(app, arguments)
@@ -106,6 +107,17 @@ def test_every_section_is_reported(device: str, found: dict[str, Any]) -> None:
         from benchmarks.plots import PLOTS
 
         assert all((found["folder"] / f"{name}.png").exists() for name in PLOTS[device])
+
+
+def test_plots_are_of_one_allocator(found: dict[str, Any], tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots")
+    figures = json.loads((found["folder"] / "cpu.json").read_text())["figures"]
+    scans = [figure for figure in figures if figure["section"] == "scan"]
+    kept = [figure for figure in scans if figure["allocator"] != DEFAULT]
+    assert len(scans) - len(kept) == len(settings.QUICK.threads)
+    plots.save_plots("cpu", Results(kept), tmp_path, settings.QUICK)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (found["folder"] / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("section", ["rate", "memory"])
