@@ -18,7 +18,7 @@ help:
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda-check run the CUDA kernels on the CPU, and check their machine code'
-	@echo 'make sass      tell what each CUDA kernel uses and issues; ARGS=...'
+	@echo 'make sass      report what each CUDA kernel uses and issues; ARGS=...'
 	@echo 'make gpu-check test and measure on a GPU, with what PYTHON has installed; needs no network'
 	@echo 'make wheel     build a wheel into dist/'
 	@echo 'make clean     remove everything built, and the virtual environment'

@@ -49,7 +49,7 @@ class Section(str, Enum):
 
 @dataclass(frozen=True)
 class Suite:
-    """What a device's benchmarks are."""
+    """The benchmarks of a device."""
 
     packages: tuple[str, ...]
     check: Callable[..., None]
@@ -151,7 +151,7 @@ def _measured(section: Section, measure: Callable[..., Results], settings: Sampl
     try:
         return in_fresh_process(measure, settings)
     except (BrokenProcessPool, torch.OutOfMemoryError):
-        note = f"{section.value} is left out: its process ended early, perhaps for want of memory"
+        note = f"{section.value} is left out: its process ended early, perhaps out of memory"
         return Results(notes=[note])
 
 

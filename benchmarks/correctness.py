@@ -62,7 +62,7 @@ def check_cpu(settings: Settings) -> None:
 
 
 def check_cuda(settings: CudaSettings) -> None:
-    """The CPU's operators too, with which those of the device are compared at full size."""
+    """Also of the CPU's operators, which those of the device are compared with at full size."""
     check_operators()
     with torch.device(settings.device):
         check_operators()
@@ -74,7 +74,7 @@ def check_operators() -> None:
     """Outputs and all gradients of the scan and the convolution, against the reference."""
     torch.manual_seed(0)
     for dtype, tolerance in TOLERANCES.items():
-        # Neither the time nor the channels are whole tiles.
+        # Neither size is a multiple of a tile's.
         for name, operator, loop, inputs in (
             ("selective_scan", scan, loop_scan, scan_inputs(130, d_inner=72, dtype=dtype)),
             ("causal_conv1d", conv, loop_conv, conv_inputs(130, d_inner=72, dtype=dtype)),
@@ -84,7 +84,7 @@ def check_operators() -> None:
 
 
 def check_layouts() -> None:
-    """That both memory layouts give the same."""
+    """That both memory layouts give the same bits."""
     torch.manual_seed(0)
     for op, by_layout in layout.tasks(300, 136, torch.float32).items():
         expected = by_layout[layout.CHANNELS_LAST].train()
@@ -126,10 +126,10 @@ def _check_others(
 
 
 def _check_autocast(device: str) -> None:
-    """The block in bfloat16, against its float32 with the definition's operators."""
+    """The block in bfloat16, against itself in float32 with the reference's operators."""
     block, x = MambaBlock(64), torch.randn(2, 70, 64)
     task = under_autocast(mixer_task(block, block, x), device)
-    # Some roundings to bfloat16, one after the other.
+    # Some roundings to bfloat16 in sequence.
     tolerance = 3 * TOLERANCES[torch.bfloat16]
     _check_task("block under autocast", task, mixer_task(loop_mixer(block), block, x), tolerance)
 

@@ -53,7 +53,7 @@ def _present(by_name: dict[str, T]) -> dict[str, T]:
 
 
 def tiled(length: int, width: int, dtype: torch.dtype, batch: int = 1) -> Tensor:
-    """(batch, length, width) of normal numbers that repeat after 4096 steps: they take a while."""
+    """(batch, length, width) of normal numbers that repeat after 4096 steps: drawing is slow."""
     block = torch.randn(batch, min(length, 4096), width).to(dtype)
     return block.repeat(1, math.ceil(length / 4096), 1)[:, :length]
 
@@ -93,7 +93,7 @@ def conv_inputs(
 
 
 def time_last(inputs: dict[str, Tensor]) -> list[Tensor]:
-    """In (batch, channels, length) memory, as other implementations have it."""
+    """In (batch, channels, length) memory, as other implementations take it."""
     return [t.transpose(1, 2).contiguous() if t.dim() == 3 else t for t in inputs.values()]
 
 
@@ -187,7 +187,7 @@ def _modeling_mamba() -> Any:
     import transformers
     from transformers.models.mamba import modeling_mamba
 
-    transformers.logging.set_verbosity_error()  # that its kernels are absent is known
+    transformers.logging.set_verbosity_error()  # it warns that its kernels are absent
     return modeling_mamba
 
 
@@ -236,7 +236,7 @@ def loop_decoder(block: MambaBlock) -> Mixer:
 
 
 def mixers(block: MambaBlock) -> dict[str, Mixer]:
-    """Of the block's weights."""
+    """With the block's weights."""
     others = {LOOP: loop_mixer, TRANSFORMERS: transformers_mixer, MAMBAPY: mambapy_mixer}
     makers = _present({RECOMPUTING: recomputing_mixer, **others})
     return {OURS: block, **{name: make(block) for name, make in makers.items()}}
@@ -248,7 +248,7 @@ def mixer_task(mixer: Mixer, block: MambaBlock, x: Tensor) -> Task:
 
 
 def linears_task(block: MambaBlock, x: Tensor) -> Task:
-    """The block's four matrix products for x alone, each on an input of its own."""
+    """The block's four matrix products alone, each on an input of its own with x's sizes."""
     layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
     inputs = [torch.randn(*x.shape[:-1], layer.in_features, dtype=x.dtype) for layer in layers]
 
@@ -264,7 +264,7 @@ def under_autocast(task: Task, device: str) -> Task:
 
 
 def decoders(block: MambaBlock) -> dict[str, Mixer]:
-    """Functions of x (1, d_model) that move a state of their own on by one token."""
+    """Functions of x (1, d_model) that advance a state of their own by one token."""
     others = {LOOP: loop_decoder, TRANSFORMERS: transformers_decoder, MAMBAPY: mambapy_decoder}
     makers = _present({OURS: decoder, **others})
     return {name: make(block) for name, make in makers.items()}

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """mamba-ssm's scan and causal-conv1d's convolution, (batch, dim, length), by memory layout.
 
-The convolution also with the linear layer that Mamba has after it, which reads channels side by
-side: whoever gives it other memory pays there.
+The convolution also with x_proj after it, which is slower where its input is not channels-last.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ def before_x_proj(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, Task]]:
-    """The operators by name, and each one's tasks by layout; gradients of outputs lie likewise.
+    """The operators by name, and the tasks of each by layout, which output gradients have too.
 
-    In float32, also PyTorch's convolution, whose layout is the contiguous one.
+    In float32 also PyTorch's convolution, in the contiguous layout.
     """
     inputs = scan_inputs(length, d_inner=d_inner, dtype=dtype)
     conv_tensors = tuple(conv_inputs(length, d_inner=d_inner, dtype=dtype).values())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .settings import D_INNER, Sampling, Settings
 
-# Not forked: a fork has the SIMD level, the allocator and the memory of its parent.
+# A fork would inherit the SIMD level, the allocator's settings and the memory.
 PROCESSES = multiprocessing.get_context("spawn")
 
 Key = TypeVar("Key")
@@ -28,10 +28,7 @@ Result = TypeVar("Result")
 
 
 class Task:
-    """A function of tensors, and what is timed of it.
-
-    A tensor that is among the inputs of the backward is a leaf; every floating one is.
-    """
+    """A function of tensors, and what is timed of it. Every tensor gets a gradient."""
 
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors: Tensor):
         self.function = function
@@ -94,8 +91,8 @@ def interleave(
 ) -> Timings[Key]:
     """Time the functions in turn, round after round.
 
-    A call before the first round warms caches up; with `once`, for what takes minutes, there is
-    neither that nor a second round.
+    A call before the first round warms up the caches; with `once`, for what takes minutes, there is
+    neither that call nor a second round.
     """
     seconds = _device_seconds if settings.device == "cuda" else _seconds
     repeats = dict.fromkeys(functions, 1)
@@ -114,7 +111,7 @@ def interleave(
 
 
 def _seconds(function: Callable[[], object], repeats: int) -> float:
-    """Of one call of several; one before them finds the caches as another function left them."""
+    """Of one call of several, after one that warms up the caches."""
     if repeats > 1:
         function()
     start = time.perf_counter()
@@ -124,12 +121,11 @@ def _seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def _device_seconds(function: Callable[[], object], repeats: int) -> float:
-    """By the device's clock, on the current stream.
+    """By events on the current stream.
 
-    It holds no work before the first call, and then the calls follow each other without a wait, so
-    that of the host's time only what exceeds the device's counts. A call finds in the L2 cache what
-    the one before it left there. Memory comes from PyTorch's caching allocator, which has it since
-    the calls that warm up.
+    The stream is idle before the first call, and the calls follow without synchronisation, so the
+    host's time counts only where it exceeds the device's. The L2 cache is warm, and PyTorch's
+    caching allocator has the memory since the calls that warm up.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -164,10 +160,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Make it give back what is free, and from now on every freed tensor at once.
-
-    So that resident memory is memory in use.
-    """
+    """Make it give free memory back, now and from now on, so that resident memory is in use."""
     _glibc("mallopt", _MMAP_THRESHOLD, 1 << 16)
     _glibc("mallopt", _TRIM_THRESHOLD, 0)
     _glibc("malloc_trim", 0)

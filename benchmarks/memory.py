@@ -79,7 +79,7 @@ def _peak(function: Callable[[], object]) -> int:
     The system keeps the highest value itself, so nothing is missed between samples.
     """
     before = _resident()
-    with suppress(OSError):  # without the reset, the imports' peak is still below the function's
+    with suppress(OSError):  # where it is not allowed, the imports' peak is below the function's
         Path("/proc/self/clear_refs").write_text("5")
     function()
     return proc_bytes("self/status", "VmHWM") - before
@@ -131,5 +131,5 @@ def kept_for_backward(name: str, length: int) -> int:
 
 
 def _warm_up(task: Task) -> None:
-    """Libraries loaded and threads started on the first call are nobody's tensors."""
+    """So that libraries loaded and threads started on the first call do not count."""
     task.train()

@@ -43,7 +43,7 @@ def _lines(axes: Axes, series: Series, title: str, x: str, y: str) -> None:
 
 
 def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
-    """On a logarithmic axis, but where all are of one order of magnitude."""
+    """On a logarithmic axis, unless all are of one order of magnitude."""
     engineering = EngFormatter(unit, places=2)
     least, most = min(values.values()), max(values.values())
     bars = axes.barh(list(values), list(values.values()), log=most > 10 * least)

@@ -22,7 +22,7 @@ def measure_rate(settings: Settings) -> Results:
     info, results = build_info(), Results()
     built = info["simd_levels_built"]
     levels = built[: built.index(info["simd_level"]) + 1]
-    for level in levels[1:] or levels:  # the baseline only where there is nothing else
+    for level in levels[1:] or levels:  # the baseline only without others
         environment = {"MAMBABLOCK_SIMD": level}
         results.extend(in_fresh_process(_rate_at_level, level, settings, environment=environment))
     return results
@@ -36,8 +36,8 @@ def _rate_at_level(level: str, settings: Settings) -> Results:
     check_operators()
     inputs = scan_inputs(settings.length, dtype=torch.float32)
     u, delta, A, B, C = (inputs[name] for name in ("u", "delta", "A", "B", "C"))
-    # Its result and it stay in the second-level cache. What a call on a vector's worth takes is the
-    # call's, and is taken off.
+    # Input and output fit into the second-level cache. The time of a call on one vector is
+    # subtracted, as the overhead of a call.
     long = np.linspace(-20, 0, 24576, dtype=np.float32)
     short = long[:16].copy()
     functions = {

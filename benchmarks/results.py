@@ -27,7 +27,7 @@ _columns = ("pass", *_sizes, "threads", "simd", "allocator")
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure must be, relative to another one taken in the same run, or to a limit."""
+    """What a figure is to be, relative to another one of the same run, or to a limit."""
 
     section: str
     what: str
@@ -125,7 +125,7 @@ class Results:
 
 
 def at_each_thread_count(measure: Callable[[Settings], Results], settings: Settings) -> Results:
-    """The figures of all counts, and the targets of the last, which is that of all cores."""
+    """The figures at all counts, and the targets of the last."""
     results = Results()
     for count in settings.threads:
         torch.set_num_threads(count)

@@ -34,16 +34,16 @@ class Settings(Sampling):
     }
     device: str = "cpu"
     length: int
-    """That of the comparisons with a target."""
+    """That of the targets."""
     lengths: tuple[int, ...]
     slow_lengths: tuple[int, ...]
     """Where the slow implementations are measured too."""
     quadratic_length: int
-    """The same for those whose backward takes time with the square of the length."""
+    """The same, below `length`, for those whose backward is quadratic in the length."""
     d_states: tuple[int, ...]
     memory_length: int
     threads: tuple[int, ...]
-    """The targets are those of the last."""
+    """The targets are for the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class CudaSettings(Sampling):
     channels: int
     """The operators' d_inner and the block's d_model."""
     steps: int
-    """Of time, in one batch: the scan's are cut into sequences of each of `lengths`."""
+    """Of time, in one batch: the scan's are split into sequences of each of `lengths`."""
     lengths: tuple[int, ...]
     """Also `steps` over `batch`; the last is all steps in one sequence."""
     longest: int
