@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import subprocess
@@ -12,7 +11,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -44,9 +43,10 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, arguments)
 
 
-def wrong(operator: str, from_length: float, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def wrong(operator: str, at: int | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """At one length or at every one, in bfloat16."""
     y = getattr(mambablock, operator)(x, *args, **kwargs)
-    return y * 1.02 if x.dtype == torch.bfloat16 and x.shape[1] >= from_length else y
+    return y * 1.02 if x.dtype == torch.bfloat16 and at in (None, x.shape[1]) else y
 
 
 def die(*_: object) -> None:
@@ -74,8 +74,8 @@ def run_suites(folder: Path) -> dict[str, Any]:
     for device, operator in (("cpu", "selective_scan"), ("cuda", "causal_conv1d")):
         suite = suites[Device(device)]
         suites[Device(device)] = replace(suite, quick=replace(suite.quick, device="cpu"))
-        for kind, offset in (("right", math.inf), ("wrong", 0)):
-            with patch.object(implementations, operator, partial(wrong, operator, offset)):
+        for kind, at in (("right", -1), ("wrong", None)):
+            with patch.object(implementations, operator, partial(wrong, operator, at)):
                 done = run("--device", device, "--quick", "--output", str(folder))
             errors = done.stderr or repr(done.exception)
             found[f"{kind} {device}"] = (done.exit_code, done.stdout, errors)
@@ -143,12 +143,13 @@ def test_memory_is_that_of_the_tensors(found: dict[str, Any]) -> None:
     assert found[OURS] - found[RECOMPUTING] > 0.9 * 2 * 4 * settings.D_INNER * 256
 
 
-@pytest.mark.parametrize("from_length", [SIZES.length, SIZES.steps, SIZES.longest])
-def test_wrong_results_end_a_measurement(from_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each size that is measured."""
-    operator = partial(wrong, "selective_scan", from_length)
-    monkeypatch.setattr(implementations, "selective_scan", operator)
-    with pytest.raises(WrongResultError, match="forward"):
+@pytest.mark.parametrize("length", [SIZES.length, SIZES.steps, SIZES.longest])
+def test_a_wrong_result_ends_a_measurement(length: int) -> None:
+    operator = partial(wrong, "selective_scan", length)
+    with (
+        patch.object(implementations, "selective_scan", operator),
+        pytest.raises(WrongResultError, match="forward"),
+    ):
         cuda.measure_scan(SIZES)
 
 
@@ -186,15 +187,15 @@ def test_a_ratio_is_that_within_rounds() -> None:
 
 
 class FakeEvent:
-    """Its clock goes on by the work that is done."""
+    """Its clock goes on by a millisecond with every call."""
 
-    now = 0.0
+    calls: ClassVar[list[str]] = []
 
     def __init__(self, enable_timing: bool) -> None:
         self.done = False
 
     def record(self) -> None:
-        self.time = FakeEvent.now
+        self.time = len(self.calls)
 
     def synchronize(self) -> None:
         self.done = True
@@ -204,16 +205,10 @@ class FakeEvent:
         return end.time - self.time
 
 
-def test_functions_take_turns_and_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    calls: list[float] = []
-
-    def work(milliseconds: float) -> None:
-        FakeEvent.now += milliseconds
-        calls.append(milliseconds)
-
-    functions = {name: partial(work, name) for name in (5.0, 20.0)}
-    sampling = replace(settings.CUDA_QUICK, rounds=3, sample_seconds=0.02)
-    timings = measure.interleave(functions, sampling)
-    assert timings.samples == {5.0: [pytest.approx(5e-3)] * 3, 20.0: [pytest.approx(20e-3)] * 3}
-    assert calls[-15:] == [5.0, 5.0, 5.0, 5.0, 20.0] * 3
+def test_functions_take_turns_and_are_timed_by_events() -> None:
+    functions = {name: partial(FakeEvent.calls.append, name) for name in "ab"}
+    sampling = replace(settings.CUDA_QUICK, rounds=3, sample_seconds=0.004)
+    with patch("torch.cuda.Event", FakeEvent):
+        timings = measure.interleave(functions, sampling)
+    assert timings.samples == {name: [pytest.approx(1e-3)] * 3 for name in "ab"}
+    assert FakeEvent.calls[-24:] == list("aaaabbbb" * 3)
