@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 import mambablock
 from mambablock import compat
 
+ROOT = Path(__file__).parent.parent
 SIZES = replace(settings.CUDA_QUICK, device="cpu")
 
 
@@ -160,19 +161,29 @@ def test_unknown_section(arguments: list[str]) -> None:
     assert arguments[-1] in done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@no_device
 def test_without_a_device_one_sentence_and_status_2() -> None:
     # Not those of a make that runs the tests.
     environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
     command = ["make", "gpu-check", f"PYTHON={sys.executable}"]
-    root = Path(__file__).parent.parent
-    make = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    make = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     measuring = run("--device", "cuda")
     for status, done in ((make.returncode, make), (measuring.exit_code, measuring)):
         assert (status, done.stdout) == (2, "")
         assert done.stderr.startswith(
             ("expected a torch with CUDA; got", "expected a CUDA device;")
         )
+
+
+@no_device
+def test_a_required_device_that_is_missing_is_a_failure() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_updates.py", "-k", "groups"]
+    environment = os.environ | {"MAMBABLOCK_REQUIRE_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
 
 
 def test_missing_packages_are_named() -> None:
