@@ -14,9 +14,9 @@ D_MODEL, D_INNER, D_STATE, D_CONV = 768, 1536, 16, 4
 class Sampling:
     sizes: ClassVar[dict[str, Any]]
     device: str
-    rounds: int = 1
+    rounds: int = 3
     """Samples of each figure; its median is taken."""
-    sample_seconds: float = 0.0
+    sample_seconds: float = 0.002
     """A call that takes less is repeated within a sample."""
     comparison_seconds: float = 0.0
     """After this long, a comparison ends with the rounds it has, but not with fewer than three."""

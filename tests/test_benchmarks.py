@@ -35,7 +35,7 @@ import mambablock
 from mambablock import compat
 
 ROOT = Path(__file__).parent.parent
-SIZES = replace(settings.CUDA_QUICK, device="cpu")
+SIZES = replace(settings.CUDA_QUICK, device="cpu", rounds=1)
 
 
 def run(*arguments: str) -> Any:
@@ -74,7 +74,8 @@ def run_suites(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for device, operator in (("cpu", "selective_scan"), ("cuda", "causal_conv1d")):
         suite = suites[Device(device)]
-        suites[Device(device)] = replace(suite, quick=replace(suite.quick, device="cpu"))
+        quick = replace(suite.quick, device="cpu", rounds=1)
+        suites[Device(device)] = replace(suite, quick=quick)
         for kind, at in (("right", -1), ("wrong", None)):
             with patch.object(implementations, operator, partial(wrong, operator, at)):
                 done = run("--device", device, "--quick", "--output", str(folder))
