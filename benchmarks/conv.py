@@ -33,8 +33,7 @@ def measure_conv(settings: Settings) -> Results:
 
 def _next_to_silu(settings: Settings) -> Results:
     results = Results()
-    lengths = sorted({settings.length, *settings.lengths}, reverse=True)
-    sizes = [(length, torch.float32) for length in lengths]
+    sizes = [(length, torch.float32) for length in reversed(settings.lengths)]
     sizes += [(settings.length, dtype) for dtype in (torch.bfloat16, torch.float16)]
     for length, dtype in sizes:
         inputs = conv_inputs(length, dtype=dtype)

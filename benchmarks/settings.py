@@ -34,10 +34,10 @@ class Settings(Sampling):
     }
     device: str = "cpu"
     length: int
-    """That of the targets."""
+    """That of the targets, and one of `lengths`."""
     lengths: tuple[int, ...]
     slow_lengths: tuple[int, ...]
-    """Where the slow implementations are measured too."""
+    """Those of them where the slow implementations are measured too."""
     quadratic_length: int
     """The same, below `length`, for those whose backward is quadratic in the length."""
     d_states: tuple[int, ...]
@@ -81,7 +81,7 @@ FULL = Settings(
 )
 QUICK = Settings(
     length=128,
-    lengths=(64, 256),
+    lengths=(64, 128),
     slow_lengths=(128,),
     quadratic_length=64,
     d_states=(4, 16),

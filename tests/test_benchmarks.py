@@ -103,6 +103,9 @@ def test_every_section_is_reported(device: str, found: dict[str, Any]) -> None:
     sections = {section.value for section in suite.sections}
     assert {figure["section"] for figure in saved["figures"]} == sections
     assert {target["section"] for target in saved["targets"]} == sections
+    values = ("seconds", "value")
+    keys = [{k: v for k, v in f.items() if k not in values} for f in saved["figures"]]
+    assert not [key for key in keys if keys.count(key) > 1]
     for package in suite.packages:
         assert (f"Note: {package} can't be imported" in output) == (device == "cpu")
     if "Note: matplotlib" not in output:
