@@ -24,7 +24,7 @@ help:
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda-check run the CUDA kernels on the CPU, and check their machine code'
-	@echo 'make sass      tell what each CUDA kernel uses and issues; ARGS=...'
+	@echo 'make sass      report what each CUDA kernel uses and issues; ARGS=...'
 	@echo 'make gpu-check test and measure on a GPU, with what PYTHON has installed; needs no network'
 	@echo 'make wheel     build a wheel into dist/'
 	@echo 'make clean     remove everything built, and the virtual environment'
@@ -83,7 +83,7 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(cuda_library))
 
 sass: $(cuda_library)
 	$(call build_emulation,emulation,ON)
-	$(bin)/python -m benchmarks.sass $(ARGS)
+	$(bin)/python -m tools.sass $(ARGS)
 
 # On a machine with a GPU, which may have no network: with PYTHON's own packages, and only for that
 # GPU. All steps run, whatever one of them finds. They have eight minutes after the build, after

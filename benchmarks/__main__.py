@@ -19,15 +19,15 @@ from typer import Option
 
 from . import cuda
 from .block import measure_block, measure_decode
-from .contenders import missing_cuda_packages, missing_packages
 from .conv import measure_conv
 from .correctness import WrongResultError, check_cpu, check_cuda
 from .device import NotReadyError, require_device
+from .implementations import CAUSAL_CONV1D, MAMBA_SSM, MAMBAPY, TRANSFORMERS, importable
 from .layout import measure_layout
 from .measure import in_fresh_process
 from .memory import measure_memory
 from .rate import measure_rate
-from .results import Results, bars_table, figures_table, machine
+from .results import Results, figures_table, machine, targets_table
 from .scan import measure_scan
 from .settings import CUDA_FULL, CUDA_QUICK, FULL, QUICK, Sampling
 
@@ -49,9 +49,9 @@ class Section(str, Enum):
 
 @dataclass(frozen=True)
 class Suite:
-    """What a device's benchmarks are."""
+    """The benchmarks of a device."""
 
-    missing: Callable[[], list[str]]
+    packages: tuple[str, ...]
     check: Callable[..., None]
     sections: dict[Section, Callable[..., Results]]
     full: Sampling
@@ -60,7 +60,7 @@ class Suite:
 
 suites = {
     Device.cpu: Suite(
-        missing_packages,
+        (TRANSFORMERS, MAMBAPY),
         check_cpu,
         {
             Section.rate: measure_rate,
@@ -75,7 +75,7 @@ suites = {
         QUICK,
     ),
     Device.cuda: Suite(
-        missing_cuda_packages,
+        (MAMBA_SSM, CAUSAL_CONV1D),
         check_cuda,
         {
             Section.scan: cuda.measure_scan,
@@ -107,7 +107,8 @@ def main(
         raise typer.BadParameter(f"--only {other[0]} is not measured with --device {device.value}")
     progress = Console(stderr=True)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    results = Results(notes=suite.missing())
+    missing = [name for name in suite.packages if not importable(name)]
+    results = Results(notes=[f"{name} can't be imported: it is left out" for name in missing])
     try:
         if device is Device.cuda:
             require_device()
@@ -117,19 +118,19 @@ def main(
             if not only or section in only:
                 with progress.status(f"measuring: {section.value}"):
                     results.extend(_measured(section, measure, settings))
-    except NotReadyError as error:
+    except (NotReadyError, WrongResultError) as error:
         print(f"{error}.", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except WrongResultError as error:
-        print(f"{error}.", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise typer.Exit(2 if isinstance(error, NotReadyError) else 1) from None
 
-    console.print(", ".join(f"{name}: {value}" for name, value in machine(device.value).items()))
+    facts = machine(device.value, suite.packages)
+    console.print(", ".join(f"{name}: {value}" for name, value in facts.items()))
     for section in suite.sections:
         if results.select(section.value):
             console.print(figures_table(results, section.value))
-    caption = "Not at the bars' sizes: a quick run." if quick else "Medians of interleaved rounds."
-    console.print(bars_table(results.bars, caption))
+    caption = (
+        "Not at the targets' sizes: a quick run." if quick else "Medians of interleaved rounds."
+    )
+    console.print(targets_table(results.targets, caption))
     plots = find_spec("matplotlib") is not None
     if not plots:
         results.notes.append("matplotlib is not installed: there are no plots")
@@ -138,18 +139,19 @@ def main(
     if output is None and not quick and not only:
         output = Path(__file__).parent / "results"
     if output is not None:
-        results.save(output, settings)
+        output.mkdir(parents=True, exist_ok=True)
+        results.save(output / f"{device.value}.json", facts, settings)
         if plots:
             from .plots import save_plots
 
-            save_plots(results, output, settings)
+            save_plots(device.value, results, output, settings)
 
 
 def _measured(section: Section, measure: Callable[..., Results], settings: Sampling) -> Results:
     try:
         return in_fresh_process(measure, settings)
     except (BrokenProcessPool, torch.OutOfMemoryError):
-        note = f"{section.value} is left out: its process ended early, perhaps for want of memory"
+        note = f"{section.value} is left out: its process ended early, perhaps out of memory"
         return Results(notes=[note])
 
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 
 from mambablock import MambaBlock
 
-from .contenders import (
+from .implementations import (
     LINEARS,
     LOOP,
     MAMBAPY,
@@ -20,86 +21,70 @@ from .contenders import (
     mixer_task,
     mixers,
 )
-from .measure import Timings, interleave, keep_freed_memory, threads
-from .results import Results
+from .measure import FORWARD, STEP, Timings, interleave, keep_freed_memory, passes_of
+from .results import Results, at_each_thread_count
 from .settings import D_MODEL, Settings
-
-FORWARD, STEP = "forward", "training step"
 
 
 def measure_block(settings: Settings) -> Results:
     """With the allocator as users have it: what an implementation allocates costs it."""
+    return at_each_thread_count(_block, settings)
+
+
+def _block(settings: Settings) -> Results:
     results = Results()
-    for count in settings.threads:
-        for length in sorted({settings.quadratic_length, settings.length}):
-            bars = length == settings.length and count == settings.threads[-1]
-            with threads(count):
-                _at_length(length, count, bars, settings, results)
-    return results
-
-
-def _at_length(length: int, count: int, bars: bool, settings: Settings, results: Results) -> None:
-    def add(passes: str, timings: Timings[str], *left_out: str) -> None:
-        sizes = {"length": length, "threads": count}
-        for name in timings.samples:
-            if name not in left_out:
-                seconds = timings.seconds(name)
-                results.add("block", name, **{"pass": passes}, **sizes, seconds=seconds)
-
-    def faster(passes: str, timings: Timings[str], than: str, bound: float) -> None:
-        if bars and than in timings.samples:
-            what = f"{passes}, L = {length}: times faster"
-            results.times_faster("block", what, timings, (OURS, than), than, bound)
-
     block = MambaBlock(D_MODEL)
-    x = torch.randn(1, length, D_MODEL)
-    tasks = {name: mixer_task(mixer, block, x) for name, mixer in mixers(block).items()}
-    tasks[LINEARS] = linears_task(block, x)
+    for length in (settings.quadratic_length, settings.length):
+        x = torch.randn(1, length, D_MODEL)
+        tasks = {name: mixer_task(mixer, block, x) for name, mixer in mixers(block).items()}
+        tasks[LINEARS] = linears_task(block, x)
+        forward = interleave(passes_of(tasks, FORWARD), settings)
+        quadratic = (LOOP, TRANSFORMERS) if length > settings.quadratic_length else ()
+        trained = {name: task for name, task in tasks.items() if name not in quadratic}
+        train = interleave(passes_of(trained, STEP), settings)
+        results.add_timings("block", forward, length=length)
+        results.add_timings("block", train, length=length)
 
-    forward = interleave({name: task.forward for name, task in tasks.items()}, settings)
-    add(FORWARD, forward)
-    loops = (LOOP, TRANSFORMERS) if length > settings.quadratic_length else ()
-    trained = {name: task.train for name, task in tasks.items() if name not in loops}
-    train = interleave(trained, settings)
-    add(STEP, train)
-    if bars:
-        against = "its four F.linear"
-        results.at_most("block", FORWARD, forward, (OURS, LINEARS), against, 1.3)
-        results.at_most("block", STEP, train, (OURS, LINEARS), against, 1.4)
-        what = f"{STEP}, {RECOMPUTING}"
-        results.at_most("block", what, train, (RECOMPUTING, OURS), "keeping all", 1.2)
+    def faster(passes: str, timings: Timings[tuple[str, str]], than: str, bound: float) -> None:
+        keys = (OURS, passes), (than, passes)
+        what = f"{passes}, L = {length}: times faster"
+        results.add_time_target("block", what, timings, keys, than, bound, faster=True)
+
+    for passes, timings, bound in ((FORWARD, forward, 1.3), (STEP, train, 1.4)):
+        keys = (OURS, passes), (LINEARS, passes)
+        results.add_time_target("block", passes, timings, keys, "its four F.linear", bound)
+    keys = (RECOMPUTING, STEP), (OURS, STEP)
+    results.add_time_target("block", f"{STEP}, {RECOMPUTING}", train, keys, "keeping all", 1.2)
     faster(FORWARD, forward, TRANSFORMERS, 4)
     faster(FORWARD, forward, MAMBAPY, 4)
     faster(STEP, train, MAMBAPY, 5)
-    if bars and TRANSFORMERS in tasks:
-        if length > settings.quadratic_length:  # more than a minute
-            train = interleave(
-                {name: tasks[name].train for name in (OURS, TRANSFORMERS)}, settings, once=True
-            )
-            add(STEP, train, OURS)
+    if TRANSFORMERS in tasks and torch.get_num_threads() == settings.threads[-1]:
+        # It takes more than a minute.
+        pair = {name: tasks[name] for name in (OURS, TRANSFORMERS)}
+        train = interleave(passes_of(pair, STEP), settings, once=True)
+        theirs = {key: train.samples[key] for key in [(TRANSFORMERS, STEP)]}
+        results.add_timings("block", Timings(theirs), length=length)
         faster(STEP, train, TRANSFORMERS, 50)
+    return results
 
 
 def measure_decode(settings: Settings) -> Results:
     """Tokens per second of one sequence."""
     keep_freed_memory()
+    return at_each_thread_count(_decode, settings)
+
+
+@torch.no_grad()
+def _decode(settings: Settings) -> Results:
     results = Results()
     block, x = MambaBlock(D_MODEL), torch.randn(1, D_MODEL)
-    layers = (block.in_proj, block.x_proj, block.dt_proj, block.out_proj)
-    inputs = [torch.randn(1, layer.in_features) for layer in layers]
-
-    def linears() -> None:
-        for layer, row in zip(layers, inputs, strict=True):
-            F.linear(row, layer.weight)
-
-    steps = {name: (lambda step=step: step(x)) for name, step in decoders(block).items()}
-    for count in settings.threads:
-        with threads(count), torch.no_grad():
-            timings = interleave({**steps, LINEARS: linears}, settings)
-        for name in timings.samples:
-            rate = 1 / timings.seconds(name)
-            results.add("decode", name, threads=count, value=rate, unit="tokens/s")
-    results.at_most(
-        "decode", "step, one sequence", timings, (OURS, LINEARS), "its four F.linear", 1.5
-    )
+    linears = linears_task(block, x)
+    steps = {name: partial(step, x) for name, step in decoders(block).items()}
+    steps[LINEARS] = partial(linears.function, *linears.leaves)
+    timings = interleave(steps, settings)
+    for name in timings.samples:
+        results.add("decode", name, value=1 / timings.seconds(name), unit="tokens/s")
+    keys = (OURS, LINEARS)
+    what = "step, one sequence"
+    results.add_time_target("decode", what, timings, keys, "its four F.linear", 1.5)
     return results

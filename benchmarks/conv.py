@@ -6,9 +6,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .contenders import OURS, PYTORCH, conv, conv_inputs, pytorch_conv
-from .measure import Task, fitting_lengths, interleave, keep_freed_memory, threads
-from .results import Results, dtype_name
+from .implementations import OURS, PYTORCH, conv, conv_inputs, pytorch_conv, time_last
+from .measure import (
+    BACKWARD,
+    FORWARD,
+    Task,
+    interleave,
+    keep_freed_memory,
+    passes_of,
+    with_fitting_lengths,
+)
+from .results import Results, at_each_thread_count, dtype_name
 from .settings import Settings
 
 SILU = "F.silu"
@@ -17,35 +25,26 @@ LONGEST_FOR_PYTORCH = 4096
 
 def measure_conv(settings: Settings) -> Results:
     keep_freed_memory()
-    results = Results()
-    lengths = {settings.length, *fitting_lengths(settings, 11, results.notes)}
-    for count in settings.threads:
-        with threads(count):
-            for length in sorted(lengths, reverse=True):
-                _next_to_silu(length, torch.float32, count, settings, results)
-            for dtype in (torch.bfloat16, torch.float16):
-                _next_to_silu(settings.length, dtype, count, settings, results)
+    settings, notes = with_fitting_lengths(settings)
+    results = at_each_thread_count(_next_to_silu, settings)
+    results.notes += notes
     return results
 
 
-def _next_to_silu(
-    length: int, dtype: torch.dtype, count: int, settings: Settings, results: Results
-) -> None:
-    x, weight, bias = conv_inputs(length, dtype=dtype).values()
-    tasks = {OURS: Task(conv, x, weight, bias), SILU: Task(F.silu, x)}
-    if length <= LONGEST_FOR_PYTORCH and dtype == torch.float32:
-        tasks[PYTORCH] = Task(pytorch_conv, x.transpose(1, 2).contiguous(), weight, bias)
-    functions = {(name, "forward"): task.forward for name, task in tasks.items()}
-    functions |= {(name, "backward"): task.backward for name, task in tasks.items()}
-    timings = interleave(functions, settings)
-    for name, passes in functions:
-        sizes = {"length": length, "dtype": dtype_name(dtype), "threads": count}
-        seconds = timings.seconds((name, passes))
-        results.add("conv", name, **{"pass": passes}, **sizes, seconds=seconds)
-    bar_lengths = (settings.length, settings.lengths[-1])
-    if length in bar_lengths and dtype == torch.float32 and count == settings.threads[-1]:
-        for passes, bound in (("forward", 1.5), ("backward", 2.5)):
-            names = (OURS, passes), (SILU, "forward")
-            results.at_most(
-                "conv", f"{passes}, L = {length}", timings, names, "F.silu forward", bound
-            )
+def _next_to_silu(settings: Settings) -> Results:
+    results = Results()
+    sizes = [(length, torch.float32) for length in reversed(settings.lengths)]
+    sizes += [(settings.length, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    for length, dtype in sizes:
+        inputs = conv_inputs(length, dtype=dtype)
+        tasks = {OURS: conv(inputs), SILU: Task(F.silu, inputs["x"])}
+        if length <= LONGEST_FOR_PYTORCH and dtype == torch.float32:
+            tasks[PYTORCH] = Task(pytorch_conv, *time_last(inputs))
+        timings = interleave(passes_of(tasks, FORWARD, BACKWARD), settings)
+        results.add_timings("conv", timings, length=length, dtype=dtype_name(dtype))
+        if length in (settings.length, settings.lengths[-1]) and dtype == torch.float32:
+            for passes, bound in ((FORWARD, 1.5), (BACKWARD, 2.5)):
+                keys = (OURS, passes), (SILU, FORWARD)
+                what, against = f"{passes}, L = {length}", "F.silu forward"
+                results.add_time_target("conv", what, timings, keys, against, bound)
+    return results

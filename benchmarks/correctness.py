@@ -6,17 +6,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambablock import MambaBlock, reference
+from mambablock import MambaBlock
 
 from . import layout
-from .contenders import (
+from .implementations import (
     OURS,
     Prepare,
+    conv,
     conv_inputs,
-    conv_task,
     cuda_convs,
     cuda_scans,
     decoders,
+    loop_conv,
     loop_mixer,
     loop_scan,
     mixer_task,
@@ -57,35 +58,33 @@ def compare(name: str, got: Tensor, expected: Tensor, tolerance: float) -> float
 def check_cpu(settings: Settings) -> None:
     check_operators()
     check_layouts()
-    check_contenders()
+    check_implementations()
 
 
 def check_cuda(settings: CudaSettings) -> None:
-    """The CPU's operators too, with which those of the device are compared at full size."""
+    """Also of the CPU's operators, which those of the device are compared with at full size."""
     check_operators()
     with torch.device(settings.device):
         check_operators()
-        _check_cuda_contenders()
+        _check_cuda_implementations()
         _check_autocast(settings.device)
 
 
 def check_operators() -> None:
     """Outputs and all gradients of the scan and the convolution, against the reference."""
     torch.manual_seed(0)
-    for dtype in TOLERANCES:
-        # Neither the time nor the channels are whole tiles.
-        inputs = scan_inputs(130, d_inner=72, dtype=dtype)
-        exact = {name: tensor.double() for name, tensor in inputs.items()}
-        tolerance = TOLERANCES[dtype]
-        _check_task(f"selective_scan ({dtype})", scan(inputs), loop_scan(exact), tolerance)
-
-        inputs = conv_inputs(130, d_inner=72, dtype=dtype)
-        exact_conv = Task(_loop_conv, *(t.double() for t in inputs.values()))
-        _check_task(f"causal_conv1d ({dtype})", conv_task(inputs), exact_conv, tolerance)
+    for dtype, tolerance in TOLERANCES.items():
+        # Neither size is a multiple of a tile's.
+        for name, operator, loop, inputs in (
+            ("selective_scan", scan, loop_scan, scan_inputs(130, d_inner=72, dtype=dtype)),
+            ("causal_conv1d", conv, loop_conv, conv_inputs(130, d_inner=72, dtype=dtype)),
+        ):
+            exact = loop({name: tensor.double() for name, tensor in inputs.items()})
+            _check_task(f"{name} ({dtype})", operator(inputs), exact, tolerance)
 
 
 def check_layouts() -> None:
-    """That both memory layouts give the same."""
+    """That both memory layouts give the same bits."""
     torch.manual_seed(0)
     for op, by_layout in layout.tasks(300, 136, torch.float32).items():
         expected = by_layout[layout.CHANNELS_LAST].train()
@@ -93,15 +92,10 @@ def check_layouts() -> None:
             compare(f"the {op} of (B, D, L) memory", got, wanted, 0.0)
 
 
-def check_contenders() -> None:
+def check_implementations() -> None:
     """That all implementations compute the same thing, at full width."""
     torch.manual_seed(0)
-    inputs = scan_inputs(70, dtype=torch.float32)
-    expected = loop_scan(inputs).forward()[0]
-    for name, prepare in scans().items():
-        y = prepare(inputs).forward()[0]
-        y = y if y.shape == expected.shape else y.transpose(1, 2)
-        compare(f"the scan of {name}", y, expected, TOLERANCES[torch.float32])
+    _check_others("scan", scans(), loop_scan, scan_inputs(70, dtype=torch.float32))
     block = MambaBlock(D_MODEL)
     x = torch.randn(1, 20, D_MODEL)
     with torch.no_grad():
@@ -113,26 +107,29 @@ def check_contenders() -> None:
             compare(f"the decode step of {name}", steps, y, TOLERANCES[torch.float32])
 
 
-def _check_cuda_contenders() -> None:
-    inputs = scan_inputs(70, d_inner=72, dtype=torch.bfloat16, batch=2)
-    expected = loop_scan({name: t.float() for name, t in inputs.items()}).forward()[0]
-    for name, prepare in cuda_scans().items():
+def _check_cuda_implementations() -> None:
+    sizes = {"d_inner": 72, "dtype": torch.bfloat16, "batch": 2}
+    _check_others("scan", cuda_scans(), loop_scan, scan_inputs(70, **sizes))
+    _check_others("convolution", cuda_convs(), loop_conv, conv_inputs(70, **sizes))
+
+
+def _check_others(
+    op: str, by_name: dict[str, Prepare], loop: Prepare, inputs: dict[str, Tensor]
+) -> None:
+    """The forward of each, whose output is (batch, channels, length) in some."""
+    expected = loop({name: tensor.float() for name, tensor in inputs.items()}).forward()[0]
+    for name, prepare in by_name.items():
         y = prepare(inputs).forward()[0]
-        y = y if name == OURS else y.transpose(1, 2)
-        compare(f"the scan of {name}", y, expected, TOLERANCES[torch.bfloat16])
-    inputs = conv_inputs(70, d_inner=72, dtype=torch.bfloat16, batch=2)
-    expected = _loop_conv(*(t.float() for t in inputs.values()))
-    for name, prepare in cuda_convs().items():
-        y = prepare(inputs).forward()[0]
-        y = y if name == OURS else y.transpose(1, 2)
-        compare(f"the convolution of {name}", y, expected, TOLERANCES[torch.bfloat16])
+        y = y if y.shape == expected.shape else y.transpose(1, 2)
+        dtype = next(iter(inputs.values())).dtype
+        compare(f"the {op} of {name}", y, expected, TOLERANCES[dtype])
 
 
 def _check_autocast(device: str) -> None:
-    """The block in bfloat16, against its float32 with the definition's operators."""
+    """The block in bfloat16, against itself in float32 with the reference's operators."""
     block, x = MambaBlock(64), torch.randn(2, 70, 64)
     task = under_autocast(mixer_task(block, block, x), device)
-    # Some roundings to bfloat16, one after the other.
+    # Some roundings to bfloat16 in sequence.
     tolerance = 3 * TOLERANCES[torch.bfloat16]
     _check_task("block under autocast", task, mixer_task(loop_mixer(block), block, x), tolerance)
 
@@ -141,12 +138,6 @@ def check_against_cpu(name: str, prepare: Prepare, inputs: dict[str, Tensor]) ->
     """Outputs and all gradients of bfloat16 inputs, against the CPU's kernels in float32."""
     exact = prepare({name: t.float().cpu() for name, t in inputs.items()})
     _check_task(name, prepare(inputs), exact, TOLERANCES[torch.bfloat16])
-
-
-def _loop_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = reference.causal_conv1d(x, weight, bias=bias, silu=True)
-    assert isinstance(y, Tensor)
-    return y
 
 
 def _check_task(name: str, task: Task, exact: Task, tolerance: float) -> None:

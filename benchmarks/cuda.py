@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from functools import partial
 
 import torch
 
 from mambablock import MambaBlock
 
-from .contenders import (
+from .correctness import TOLERANCES, check_against_cpu, compare
+from .implementations import (
     CAUSAL_CONV1D,
     LINEARS,
     MAMBA_SSM,
     OURS,
+    conv,
     conv_inputs,
-    conv_task,
     cuda_convs,
     cuda_scans,
     linears_task,
@@ -25,16 +25,13 @@ from .contenders import (
     scan_inputs,
     under_autocast,
 )
-from .correctness import TOLERANCES, check_against_cpu, compare
-from .measure import Task, Timings, interleave
+from .measure import BACKWARD, FORWARD, STEP, Timings, interleave, passes_of
 from .results import Results, dtype_name
 from .settings import CudaSettings
 
 DTYPE = torch.bfloat16
-FORWARD, BACKWARD, STEP = "forward", "backward", "training step"
 COPY = "copy of the same bytes"
 CHECKED_CHANNELS = 64
-Name = TypeVar("Name")
 
 
 def measure_scan(settings: CudaSettings) -> Results:
@@ -51,15 +48,14 @@ def _scan_next_to_others(settings: CudaSettings, results: Results) -> None:
     inputs = scan_inputs(length, d_inner=channels, dtype=DTYPE, batch=batch)
     check_against_cpu("selective_scan", scan, inputs)
     tasks = {name: prepare(inputs) for name, prepare in cuda_scans().items()}
-    timings = interleave(_passes(tasks), settings)
+    timings = interleave(passes_of(tasks, FORWARD, BACKWARD), settings)
     _add(results, "scan", timings, batch, length, channels)
     for passes, limit in ((FORWARD, 0.20e-3), (BACKWARD, 0.50e-3)):
         seconds = timings.seconds((OURS, passes))
-        results.within("scan", passes, seconds, "s", "limit on an H200", limit)
-        if MAMBA_SSM in tasks:
-            names = (OURS, passes), (MAMBA_SSM, passes)
-            what = f"{passes}: times faster"
-            results.times_faster("scan", what, timings, names, MAMBA_SSM, 2)
+        results.add_target("scan", passes, seconds, "s", "limit on an H200", limit)
+        keys = (OURS, passes), (MAMBA_SSM, passes)
+        what = f"{passes}: times faster"
+        results.add_time_target("scan", what, timings, keys, MAMBA_SSM, 2, faster=True)
 
 
 def _scan_by_length(settings: CudaSettings, results: Results) -> None:
@@ -73,15 +69,15 @@ def _scan_by_length(settings: CudaSettings, results: Results) -> None:
         )
         for length in settings.lengths
     }
-    timings = interleave(_passes(tasks), settings)
+    timings = interleave(passes_of(tasks, FORWARD, BACKWARD), settings)
     for length, task in tasks.items():
         own = Timings({(OURS, p): timings.samples[length, p] for p in (FORWARD, BACKWARD)})
         _add(results, "scan", own, task.leaves[0].shape[0], length, channels)
     for passes in (FORWARD, BACKWARD):
-        names = (steps, passes), (steps // settings.batch, passes)
+        keys = (steps, passes), (steps // settings.batch, passes)
         what = f"{passes} of {steps:,} steps in one sequence"
         against = f"in {settings.batch} sequences"
-        results.at_most("scan", what, timings, names, against, 1.5)
+        results.add_time_target("scan", what, timings, keys, against, 1.5)
 
 
 def _longest_scan(settings: CudaSettings, results: Results) -> None:
@@ -95,9 +91,9 @@ def _longest_scan(settings: CudaSettings, results: Results) -> None:
     expected = scan({n: t.cpu().float() for n, t in some.items()}).forward()[0]
     got = task.forward()[0][..., :CHECKED_CHANNELS]
     error = compare(name, got, expected, TOLERANCES[DTYPE])
-    timings = interleave({(OURS, FORWARD): task.forward}, settings)
+    timings = interleave(passes_of({OURS: task}, FORWARD), settings)
     _add(results, "scan", timings, 1, length, channels)
-    results.within("scan", name, error, "", "of the largest value", TOLERANCES[DTYPE])
+    results.add_target("scan", name, error, "", "of the largest value", TOLERANCES[DTYPE])
 
 
 def measure_conv(settings: CudaSettings) -> Results:
@@ -106,24 +102,23 @@ def measure_conv(settings: CudaSettings) -> Results:
     batch, length, channels = settings.batch, settings.conv_length, settings.channels
     with torch.device(settings.device):
         inputs = conv_inputs(length, d_inner=channels, dtype=DTYPE, batch=batch)
-        check_against_cpu("causal_conv1d", conv_task, inputs)
+        check_against_cpu("causal_conv1d", conv, inputs)
         tasks = {name: prepare(inputs) for name, prepare in cuda_convs().items()}
         x = inputs["x"].flatten()
         # The forward reads x and writes y; the backward reads x and dy and writes dx.
         sources = {FORWARD: x, BACKWARD: torch.cat([x, x[: len(x) // 2]])}
-        functions = _passes(tasks)
+        functions = passes_of(tasks, FORWARD, BACKWARD)
         for passes, source in sources.items():
-            functions[COPY, passes] = _copy(source)
+            functions[COPY, passes] = partial(torch.empty_like(source).copy_, source)
         timings = interleave(functions, settings)
     _add(results, "conv", timings, batch, length, channels)
     for passes, share in ((FORWARD, 0.85), (BACKWARD, 0.75)):
         what = f"{passes}: share of the bandwidth"
-        names = (OURS, passes), (COPY, passes)
-        results.times_faster("conv", what, timings, names, COPY, share)
-        if CAUSAL_CONV1D in tasks:
-            names = (OURS, passes), (CAUSAL_CONV1D, passes)
-            what = f"{passes}: times faster"
-            results.times_faster("conv", what, timings, names, CAUSAL_CONV1D, 1.2)
+        keys = (OURS, passes), (COPY, passes)
+        results.add_time_target("conv", what, timings, keys, COPY, share, faster=True)
+        keys = (OURS, passes), (CAUSAL_CONV1D, passes)
+        what = f"{passes}: times faster"
+        results.add_time_target("conv", what, timings, keys, CAUSAL_CONV1D, 1.2, faster=True)
     return results
 
 
@@ -136,26 +131,11 @@ def measure_block(settings: CudaSettings) -> Results:
         x = torch.randn(batch, length, d_model, dtype=DTYPE)
         tasks = {OURS: mixer_task(block, block, x), LINEARS: linears_task(block, x)}
         tasks = {name: under_autocast(task, settings.device) for name, task in tasks.items()}
-        functions = {(name, FORWARD): task.forward for name, task in tasks.items()}
-        functions |= {(name, STEP): task.train for name, task in tasks.items()}
-        timings = interleave(functions, settings)
+        timings = interleave(passes_of(tasks, FORWARD, STEP), settings)
     _add(results, "block", timings, batch, length, d_model)
-    names = (OURS, STEP), (LINEARS, STEP)
-    results.at_most("block", STEP, timings, names, "its four F.linear", 1.35)
+    keys = (OURS, STEP), (LINEARS, STEP)
+    results.add_time_target("block", STEP, timings, keys, "its four F.linear", 1.35)
     return results
-
-
-def _passes(tasks: Mapping[Name, Task]) -> dict[tuple[Name, str], Callable[[], object]]:
-    return {
-        (name, passes): getattr(task, passes)
-        for passes in (FORWARD, BACKWARD)
-        for name, task in tasks.items()
-    }
-
-
-def _copy(source: torch.Tensor) -> Callable[[], object]:
-    destination = torch.empty_like(source)
-    return lambda: destination.copy_(source)
 
 
 def _add(
@@ -167,6 +147,4 @@ def _add(
     channels: int,
 ) -> None:
     sizes = {"batch": batch, "length": length, "channels": channels, "dtype": dtype_name(DTYPE)}
-    for name, passes in timings.samples:
-        seconds = timings.seconds((name, passes))
-        results.add(section, name, **{"pass": passes}, **sizes, seconds=seconds)
+    results.add_timings(section, timings, **sizes)

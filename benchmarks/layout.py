@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """mamba-ssm's scan and causal-conv1d's convolution, (batch, dim, length), by memory layout.
 
-The convolution also with the linear layer that Mamba has after it, which reads channels side by
-side: whoever gives it other memory pays there.
+The convolution also with x_proj after it, which is slower where its input is not channels-last.
 """
 
 from __future__ import annotations
@@ -13,10 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contenders import PYTORCH, compat_conv, compat_scan, pytorch_conv, scan_inputs, tiled
-from .measure import Task, interleave, keep_freed_memory, threads
-from .results import Results, dtype_name
-from .settings import D_CONV, D_INNER, D_MODEL, D_STATE, Settings
+from .implementations import (
+    PYTORCH,
+    compat_conv,
+    compat_scan,
+    conv_inputs,
+    pytorch_conv,
+    scan_inputs,
+)
+from .measure import FORWARD, TRAIN, Task, interleave, keep_freed_memory, passes_of
+from .results import Results, at_each_thread_count, dtype_name
+from .settings import D_INNER, D_MODEL, D_STATE, Settings
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels last"
 
@@ -29,22 +35,22 @@ def before_x_proj(conv: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, Task]]:
-    """The operators by name, and each one's tasks by layout; gradients of outputs lie likewise.
+    """The operators by name, and the tasks of each by layout, which output gradients have too.
 
-    In float32, also PyTorch's convolution, whose layout is the contiguous one.
+    In float32 also PyTorch's convolution, in the contiguous layout.
     """
     inputs = scan_inputs(length, d_inner=d_inner, dtype=dtype)
-    conv_inputs = (tiled(length, d_inner, dtype), torch.randn(d_inner, D_CONV), inputs["D"])
+    conv_tensors = tuple(conv_inputs(length, d_inner=d_inner, dtype=dtype).values())
     x_proj = torch.randn(D_MODEL // 16 + 2 * D_STATE, d_inner).to(dtype)
     found: dict[str, dict[str, Task]] = {}
     for op, function, by_pytorch, tensors in (
         ("scan", compat_scan, None, tuple(inputs.values())),
-        ("conv", compat_conv, pytorch_conv, conv_inputs),
+        ("conv", compat_conv, pytorch_conv, conv_tensors),
         (
             "conv + x_proj",
             before_x_proj(compat_conv),
             before_x_proj(pytorch_conv),
-            (*conv_inputs, x_proj),
+            (*conv_tensors, x_proj),
         ),
     ):
         last = [t.transpose(1, 2) if t.dim() == 3 else t for t in tensors]
@@ -59,40 +65,27 @@ def tasks(length: int, d_inner: int, dtype: torch.dtype) -> dict[str, dict[str, 
 
 def measure_layout(settings: Settings) -> Results:
     keep_freed_memory()
+    return at_each_thread_count(_next_to_channels_last, settings)
+
+
+def _next_to_channels_last(settings: Settings) -> Results:
     results = Results()
-    for count in settings.threads:
-        with threads(count):
-            for dtype in (torch.float32, torch.bfloat16):
-                _next_to_channels_last(dtype, count, settings, results)
+    for dtype in (torch.float32, torch.bfloat16):
+        functions = {
+            (layout, f"{op} {passes}"): function
+            for op, by_layout in tasks(settings.length, D_INNER, dtype).items()
+            for (layout, passes), function in passes_of(by_layout, FORWARD, TRAIN).items()
+        }
+        timings = interleave(functions, settings)
+        name = dtype_name(dtype)
+        results.add_timings("layout", timings, length=settings.length, dtype=name)
+        for key in functions:
+            layout, passes = key
+            if layout == CONTIGUOUS:
+                what = f"{passes} of (B, D, L) memory, {name}"
+                keys = key, (CHANNELS_LAST, passes)
+                results.add_time_target("layout", what, timings, keys, CHANNELS_LAST, 1.15)
+                keys = key, (PYTORCH, passes)
+                what += ": times faster"
+                results.add_time_target("layout", what, timings, keys, PYTORCH, 1, faster=True)
     return results
-
-
-def _next_to_channels_last(
-    dtype: torch.dtype, count: int, settings: Settings, results: Results
-) -> None:
-    by_op = tasks(settings.length, D_INNER, dtype)
-    functions = {
-        (op, passes, layout): getattr(task, passes)
-        for op, by_layout in by_op.items()
-        for passes in ("forward", "train")
-        for layout, task in by_layout.items()
-    }
-    timings = interleave(functions, settings)
-    for op, passes, layout in functions:
-        name = f"{op} forward" if passes == "forward" else f"{op} forward + backward"
-        results.add(
-            "layout",
-            layout,
-            **{"pass": name},
-            length=settings.length,
-            dtype=dtype_name(dtype),
-            threads=count,
-            seconds=timings.seconds((op, passes, layout)),
-        )
-        if layout == CONTIGUOUS and count == settings.threads[-1]:
-            names = (op, passes, CONTIGUOUS), (op, passes, CHANNELS_LAST)
-            what = f"{name} of (B, D, L) memory, {dtype_name(dtype)}"
-            results.at_most("layout", what, timings, names, CHANNELS_LAST, 1.15)
-            if (op, passes, PYTORCH) in functions:
-                names = (op, passes, CONTIGUOUS), (op, passes, PYTORCH)
-                results.times_faster("layout", f"{what}: times faster", timings, names, PYTORCH, 1)

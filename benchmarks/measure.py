@@ -7,10 +7,10 @@ import ctypes
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from typing import Generic, TypeVar
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from .settings import D_INNER, Sampling, Settings
 
+# A fork would inherit the SIMD level, the allocator's settings and the memory.
+PROCESSES = multiprocessing.get_context("spawn")
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 
 
 class Task:
-    """A function of tensors, and what is timed of it.
-
-    A tensor that is among the inputs of the backward is a leaf; every floating one is.
-    """
+    """A function of tensors, and what is timed of it. Every tensor gets a gradient."""
 
     def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]], *tensors: Tensor):
         self.function = function
@@ -61,6 +61,17 @@ class Task:
         return torch.autograd.grad(self._outputs(), self.leaves, self.output_gradients)
 
 
+FORWARD, BACKWARD, TRAIN, STEP = "forward", "backward", "forward + backward", "training step"
+_METHODS = {FORWARD: Task.forward, BACKWARD: Task.backward, TRAIN: Task.train, STEP: Task.train}
+
+
+def passes_of(
+    tasks: Mapping[Key, Task], *passes: str
+) -> dict[tuple[Key, str], Callable[[], object]]:
+    """What is timed of the tasks, by (name, pass)."""
+    return {(name, p): partial(_METHODS[p], task) for p in passes for name, task in tasks.items()}
+
+
 class Timings(Generic[Key]):
     """Seconds of each sample by name; sample i of all names was taken in the same round."""
 
@@ -80,8 +91,8 @@ def interleave(
 ) -> Timings[Key]:
     """Time the functions in turn, round after round.
 
-    A call before the first round warms caches up; with `once`, for what takes minutes, there is
-    neither that nor a second round.
+    A call before the first round warms up the caches; with `once`, for what takes minutes, there is
+    neither that call nor a second round.
     """
     seconds = _device_seconds if settings.device == "cuda" else _seconds
     repeats = dict.fromkeys(functions, 1)
@@ -100,7 +111,7 @@ def interleave(
 
 
 def _seconds(function: Callable[[], object], repeats: int) -> float:
-    """Of one call of several; one before them finds the caches as another function left them."""
+    """Of one call of several, after one that warms up the caches."""
     if repeats > 1:
         function()
     start = time.perf_counter()
@@ -110,12 +121,11 @@ def _seconds(function: Callable[[], object], repeats: int) -> float:
 
 
 def _device_seconds(function: Callable[[], object], repeats: int) -> float:
-    """By the device's clock, on the current stream.
+    """By events on the current stream.
 
-    It holds no work before the first call, and then the calls follow each other without a wait, so
-    that of the host's time only what exceeds the device's counts. A call finds in the L2 cache what
-    the one before it left there. Memory comes from PyTorch's caching allocator, which has it since
-    the calls that warm up.
+    The stream is idle before the first call, and the calls follow without synchronisation, so the
+    host's time counts only where it exceeds the device's. The L2 cache is warm, and PyTorch's
+    caching allocator has the memory since the calls that warm up.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -126,27 +136,15 @@ def _device_seconds(function: Callable[[], object], repeats: int) -> float:
     return float(start.elapsed_time(end)) / 1e3 / repeats
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def in_fresh_process(
     function: Callable[..., Result], *args: object, environment: Mapping[str, str] | None = None
 ) -> Result:
-    """function(*args) in a new process: with its own SIMD level, its own memory."""
-    with ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), _set_environment, (dict(environment or {}),)
-    ) as pool:
+    """function(*args) in a new process: with its own SIMD level, allocator and memory."""
+    with ProcessPoolExecutor(1, PROCESSES, _set_environment, (environment or {},)) as pool:
         return pool.submit(function, *args).result()
 
 
-def _set_environment(environment: dict[str, str]) -> None:
+def _set_environment(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
@@ -157,34 +155,34 @@ def keep_freed_memory() -> None:
     one, which would cost every implementation here up to half of its time, and differently at
     different lengths. PyTorch's tuning guide recommends allocators that do not.
     """
-    _mallopt(_MMAP_MAX, 0)
-    _mallopt(_TRIM_THRESHOLD, -1)
+    _glibc("mallopt", _MMAP_MAX, 0)
+    _glibc("mallopt", _TRIM_THRESHOLD, -1)
 
 
 def return_freed_memory() -> None:
-    """Make it give every freed tensor back at once, so that resident memory is memory in use."""
-    _mallopt(_MMAP_THRESHOLD, 1 << 16)
-    _mallopt(_TRIM_THRESHOLD, 0)
+    """Make it give free memory back, now and from now on, so that resident memory is in use."""
+    _glibc("mallopt", _MMAP_THRESHOLD, 1 << 16)
+    _glibc("mallopt", _TRIM_THRESHOLD, 0)
+    _glibc("malloc_trim", 0)
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 
 
-def _mallopt(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(parameter, value)
+def _glibc(function: str, *arguments: int) -> None:
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)
 
 
-def fitting_lengths(settings: Settings, tensors: int, notes: list[str]) -> tuple[int, ...]:
-    """The lengths at which as many float32 tensors of (1, length, D_INNER) fit into memory."""
+def with_fitting_lengths(settings: Settings) -> tuple[Settings, list[str]]:
+    """Without lengths whose tensors do not fit into memory, which a note names."""
+    # The scan's four large inputs, three gradients and output, and the allocator's gaps.
     available = proc_bytes("meminfo", "MemAvailable")
-    most = 0.9 * available / (tensors * D_INNER * torch.float32.itemsize)
-    left_out = [length for length in settings.lengths if length > most]
+    most = 0.9 * available / (11 * D_INNER * torch.float32.itemsize)
+    lengths = tuple(length for length in settings.lengths if length <= most)
     note = f"too little free memory for lengths above {most:.0f}: they are left out"
-    if left_out:
-        notes.append(note)
-    return tuple(length for length in settings.lengths if length <= most)
+    return replace(settings, lengths=lengths), [note] if lengths != settings.lengths else []
 
 
 def proc_bytes(file: str, name: str) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from .contenders import LINEARS, OURS
+from .implementations import LINEARS, OURS
 from .results import Results
+from .scan import DEFAULT
 from .settings import D_INNER, D_STATE, CudaSettings, Sampling, Settings
 
 Series = dict[str, list[tuple[Any, float]]]
 
 
-def save_plots(results: Results, folder: Path, settings: Sampling) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, (section, draw, panels) in _plots[settings.device].items():
+def save_plots(device: str, results: Results, folder: Path, settings: Sampling) -> None:
+    # One allocator alone, that of all lengths.
+    figures = [figure for figure in results.figures if figure.get("allocator") != DEFAULT]
+    results = replace(results, figures=figures)
+    for name, (section, draw, panels) in PLOTS[device].items():
         if results.select(section):
             figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
             draw(figure.subplots(1, panels, squeeze=False)[0], results, settings)
@@ -39,7 +43,7 @@ def _lines(axes: Axes, series: Series, title: str, x: str, y: str) -> None:
 
 
 def _bars(axes: Axes, values: dict[str, float], title: str, unit: str) -> None:
-    """On a logarithmic axis, but where all are of one order of magnitude."""
+    """On a logarithmic axis, unless all are of one order of magnitude."""
     engineering = EngFormatter(unit, places=2)
     least, most = min(values.values()), max(values.values())
     bars = axes.barh(list(values), list(values.values()), log=most > 10 * least)
@@ -131,7 +135,7 @@ def _memory(panels: list[Axes], results: Results, settings: Settings) -> None:
 
 _PER_STEP = "ns per channel and time step"
 _passes = {"scan": ("forward", "forward + backward"), "conv": ("forward", "backward")}
-_plots: dict[str, dict[str, tuple[str, Callable[[list[Axes], Results, Any], None], int]]] = {
+PLOTS: dict[str, dict[str, tuple[str, Callable[[list[Axes], Results, Any], None], int]]] = {
     "cpu": {
         "rate": ("rate", _rate, 1),
         "scan_length": ("scan", lambda panels, results, _: _by_length("scan", panels, results), 2),

@@ -10,33 +10,34 @@ import torch
 
 from mambablock import _C, selective_scan
 
-from .contenders import scan, scan_inputs
 from .correctness import check_operators
-from .measure import in_fresh_process, interleave, keep_freed_memory, threads
-from .results import Bar, Results
+from .implementations import scan, scan_inputs
+from .measure import in_fresh_process, interleave, keep_freed_memory
+from .results import Results, Target, build_info
 from .settings import D_INNER, D_STATE, Settings
 
 
 def measure_rate(settings: Settings) -> Results:
     """At each SIMD level of the machine."""
-    info, results = _C.build_info(), Results()
+    info, results = build_info(), Results()
     built = info["simd_levels_built"]
     levels = built[: built.index(info["simd_level"]) + 1]
-    for level in levels[1:] or levels:  # the baseline only where there is nothing else
+    for level in levels[1:] or levels:  # the baseline only without others
         environment = {"MAMBABLOCK_SIMD": level}
         results.extend(in_fresh_process(_rate_at_level, level, settings, environment=environment))
     return results
 
 
 def _rate_at_level(level: str, settings: Settings) -> Results:
-    if _C.build_info()["simd_level"] != level:
-        raise RuntimeError(f"the SIMD level must be {level}; got {_C.build_info()['simd_level']}")
+    if build_info()["simd_level"] != level:
+        raise RuntimeError(f"the SIMD level must be {level}; got {build_info()['simd_level']}")
+    torch.set_num_threads(1)
     keep_freed_memory()
     check_operators()
     inputs = scan_inputs(settings.length, dtype=torch.float32)
     u, delta, A, B, C = (inputs[name] for name in ("u", "delta", "A", "B", "C"))
-    # Its result and it stay in the second-level cache. What a call on a vector's worth takes is the
-    # call's, and is taken off.
+    # Input and output fit into the second-level cache. The time of a call on one vector is
+    # subtracted, as the overhead of a call.
     long = np.linspace(-20, 0, 24576, dtype=np.float32)
     short = long[:16].copy()
     functions = {
@@ -47,7 +48,7 @@ def _rate_at_level(level: str, settings: Settings) -> Results:
         "exp short": lambda: _C.math("exp", short),
         "exp long": lambda: _C.math("exp", long),
     }
-    with threads(1), torch.no_grad():
+    with torch.no_grad():
         samples = interleave(functions, settings).samples
 
     rates: dict[str, list[float]] = {}
@@ -65,5 +66,7 @@ def _rate_at_level(level: str, settings: Settings) -> Results:
         what = f"state-steps per second and core, {level}"
         against = ("/s", loop, median(rates[loop]))
         scan_rate = median(rates["scan"])
-        results.bars.append(Bar("rate", what, scan_rate, *against, ratio, 0.55, at_least=True))
+        results.targets.append(
+            Target("rate", what, scan_rate, *against, ratio, 0.55, at_least=True)
+        )
     return results

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures, bars, and the tables and JSON made of them."""
+"""Figures, targets, and the tables and JSON made of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import math
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mambablock import _C
+from mambablock._C import build_info
 
 from .measure import Key, Timings
-from .settings import Sampling
+from .settings import Sampling, Settings
 
-_columns = ("pass", "batch", "length", "channels", "d_state", "dtype", "threads", "simd")
+_sizes = ("batch", "length", "channels", "d_state", "dtype")
+_columns = ("pass", *_sizes, "threads", "simd", "allocator")
 
 
 @dataclass(frozen=True)
-class Bar:
-    """What a figure must be, relative to another one taken in the same run, or to a limit."""
+class Target:
+    """What a figure is to be, relative to another one of the same run, or to a limit."""
 
     section: str
     what: str
@@ -47,13 +49,35 @@ class Bar:
 class Results:
     figures: list[dict[str, Any]] = field(default_factory=list)
     """One measurement each: section, implementation, seconds (or another unit), and its sizes."""
-    bars: list[Bar] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, section: str, implementation: str, **values: Any) -> None:
         self.figures.append({"section": section, "implementation": implementation, **values})
 
-    def at_most(
+    def add_timings(self, section: str, timings: Timings[tuple[str, str]], **sizes: Any) -> None:
+        """Of implementations and their passes."""
+        for name, passes in timings.samples:
+            seconds = timings.seconds((name, passes))
+            self.add(section, name, **{"pass": passes}, **sizes, seconds=seconds)
+
+    def add_target(
+        self,
+        section: str,
+        what: str,
+        figure: float,
+        unit: str,
+        against: str,
+        against_figure: float,
+        bound: float = 1.0,
+    ) -> None:
+        """That the figure is at most `bound` times the other one."""
+        ratio = figure / against_figure
+        self.targets.append(
+            Target(section, what, figure, unit, against, against_figure, ratio, bound)
+        )
+
+    def add_time_target(
         self,
         section: str,
         what: str,
@@ -61,35 +85,23 @@ class Results:
         names: tuple[Key, Key],
         against: str,
         bound: float,
+        *,
+        faster: bool = False,
     ) -> None:
-        """The bar that the first named takes at most `bound` times as long as the second."""
-        first, second = map(timings.seconds, names)
-        ratio = timings.ratio(*names)
-        self.bars.append(Bar(section, what, first, "s", against, second, ratio, bound))
+        """That the first takes at most `bound` times as long as the second, or is that faster.
 
-    def within(
-        self, section: str, what: str, figure: float, unit: str, against: str, limit: float
-    ) -> None:
-        """The bar that the figure is at most the limit."""
-        self.bars.append(Bar(section, what, figure, unit, against, limit, figure / limit, 1.0))
-
-    def times_faster(
-        self,
-        section: str,
-        what: str,
-        timings: Timings[Key],
-        names: tuple[Key, Key],
-        against: str,
-        bound: float,
-    ) -> None:
-        """The bar that the first named is at least `bound` times faster than the second."""
-        first, second = map(timings.seconds, names)
-        ratio = timings.ratio(names[1], names[0])
-        self.bars.append(Bar(section, what, first, "s", against, second, ratio, bound, True))
+        Without the second, whose package may be missing, there is no target.
+        """
+        first, second = names
+        if second not in timings.samples:
+            return
+        ratio = timings.ratio(second, first) if faster else timings.ratio(first, second)
+        figures = (timings.seconds(first), "s", against, timings.seconds(second))
+        self.targets.append(Target(section, what, *figures, ratio, bound, faster))
 
     def extend(self, other: Results) -> None:
         self.figures += other.figures
-        self.bars += other.bars
+        self.targets += other.targets
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def select(self, section: str, **values: Any) -> list[dict[str, Any]]:
@@ -100,35 +112,39 @@ class Results:
             and all(figure.get(name) == value for name, value in values.items())
         ]
 
-    def save(self, folder: Path, settings: Sampling) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def save(self, path: Path, machine: dict[str, Any], settings: Sampling) -> None:
         content = {
-            "machine": machine(settings.device),
+            "machine": machine,
             "sizes": settings.sizes,
             "settings": asdict(settings),
             "notes": self.notes,
-            "bars": [asdict(bar) | {"met": bar.met} for bar in self.bars],
+            "targets": [asdict(target) | {"met": target.met} for target in self.targets],
             "figures": self.figures,
         }
-        path = folder / f"{settings.device}.json"
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-_packages = {
-    "cpu": ("torch", "transformers", "mambapy"),
-    "cuda": ("torch", "mamba-ssm", "causal-conv1d"),
-}
+def at_each_thread_count(measure: Callable[[Settings], Results], settings: Settings) -> Results:
+    """The figures at all counts, and the targets of the last."""
+    results = Results()
+    for count in settings.threads:
+        torch.set_num_threads(count)
+        found = measure(settings)
+        for figure in found.figures:
+            figure["threads"] = count
+        results.extend(found if count == settings.threads[-1] else replace(found, targets=[]))
+    return results
 
 
-def machine(device: str) -> dict[str, Any]:
-    info = _C.build_info()
+def machine(device: str, packages: tuple[str, ...]) -> dict[str, Any]:
+    info = build_info()
     return (_cuda_device() if device == "cuda" else {}) | {
         "processor": _processor(),
         "cores": torch.get_num_threads(),
         "simd_level": info["simd_level"],
         "compiler": info["compiler"],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _packages[device]},
+        "versions": {name: _version(name) for name in ("torch", *packages)},
     }
 
 
@@ -139,7 +155,7 @@ def _cuda_device() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "memory": properties.total_memory,
         "driver": _driver(),
-        "cuda": {"torch": torch.version.cuda, "mambablock": _C.build_info()["cuda"]},
+        "cuda": {"torch": torch.version.cuda, "mambablock": build_info()["cuda"]},
     }
 
 
@@ -180,19 +196,19 @@ def quantity(value: float, unit: str) -> str:
     return f"{value / 1000**thousands:.2f} {prefix}{unit}"
 
 
-def bars_table(bars: list[Bar], caption: str) -> Table:
-    table = Table(title="Bars", caption=caption)
-    for heading in ("what", "figure", "against", "", "ratio", "bar", "result"):
+def targets_table(targets: list[Target], caption: str) -> Table:
+    table = Table(title="Targets", caption=caption)
+    for heading in ("what", "figure", "against", "", "ratio", "target", "result"):
         table.add_column(heading, justify="right" if heading in ("figure", "", "ratio") else "left")
-    for bar in bars:
+    for target in targets:
         table.add_row(
-            f"{bar.section}: {bar.what}",
-            quantity(bar.figure, bar.unit),
-            bar.against,
-            quantity(bar.against_figure, bar.unit),
-            f"{bar.ratio:.2f}",
-            f"{'≥' if bar.at_least else '≤'} {bar.bound:g}",
-            "[green]pass" if bar.met else "[red]fail",
+            f"{target.section}: {target.what}",
+            quantity(target.figure, target.unit),
+            target.against,
+            quantity(target.against_figure, target.unit),
+            f"{target.ratio:.2f}",
+            f"{'≥' if target.at_least else '≤'} {target.bound:g}",
+            "[green]pass" if target.met else "[red]fail",
         )
     return table
 
@@ -204,7 +220,7 @@ def figures_table(results: Results, section: str) -> Table:
     implementations = list(dict.fromkeys(figure["implementation"] for figure in figures))
     rows: dict[tuple[Any, ...], dict[str, str]] = {}
     for figure in figures:
-        unit, value = figure.get("unit", "s"), figure.get("value") or figure["seconds"]
+        unit, value = figure.get("unit", "s"), figure.get("seconds", figure.get("value"))
         cells = rows.setdefault(tuple(figure.get(c, "") for c in columns), {})
         cells[figure["implementation"]] = quantity(value, unit)
     table = Table(*columns, title=section)

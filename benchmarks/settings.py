@@ -10,19 +10,19 @@ from typing import Any, ClassVar
 D_MODEL, D_INNER, D_STATE, D_CONV = 768, 1536, 16, 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     sizes: ClassVar[dict[str, Any]]
     device: str
-    rounds: int
+    rounds: int = 3
     """Samples of each figure; its median is taken."""
-    sample_seconds: float
+    sample_seconds: float = 0.002
     """A call that takes less is repeated within a sample."""
-    comparison_seconds: float
+    comparison_seconds: float = 0.0
     """After this long, a comparison ends with the rounds it has, but not with fewer than three."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings(Sampling):
     """On the CPU: one sequence of the widths above."""
 
@@ -32,33 +32,35 @@ class Settings(Sampling):
         "d_inner": D_INNER,
         "d_state": D_STATE,
     }
+    device: str = "cpu"
     length: int
-    """That of the comparisons with a bar."""
+    """That of the targets, and one of `lengths`."""
     lengths: tuple[int, ...]
-    contender_lengths: tuple[int, ...]
-    """Where the slow implementations are measured too."""
+    slow_lengths: tuple[int, ...]
+    """Those of them where the slow implementations are measured too."""
     quadratic_length: int
-    """The same for those whose backward takes time with the square of the length."""
+    """The same, below `length`, for those whose backward is quadratic in the length."""
     d_states: tuple[int, ...]
     memory_length: int
     threads: tuple[int, ...]
-    """The bars are those of the last."""
+    """The targets are for the last."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CudaSettings(Sampling):
     """On a CUDA device, in bfloat16."""
 
     sizes: ClassVar[dict[str, Any]] = {"d_state": D_STATE, "d_conv": D_CONV}
+    device: str = "cuda"
     batch: int
     length: int
-    """Those of the bars."""
+    """Those of the targets."""
     channels: int
     """The operators' d_inner and the block's d_model."""
     steps: int
-    """Of time, in one batch: the scan's are cut into sequences of each of `lengths`."""
+    """Of time, in one batch: the scan's are split into sequences of each of `lengths`."""
     lengths: tuple[int, ...]
-    """The last is all steps in one sequence."""
+    """Also `steps` over `batch`; the last is all steps in one sequence."""
     longest: int
     longest_channels: int
     conv_length: int
@@ -66,33 +68,27 @@ class CudaSettings(Sampling):
 
 
 FULL = Settings(
-    device="cpu",
     rounds=9,
     sample_seconds=0.02,
     comparison_seconds=15.0,
     length=1024,
     lengths=(256, 1024, 4096, 16384, 65536, 262144),
-    contender_lengths=(256, 1024),
+    slow_lengths=(256, 1024),
     quadratic_length=256,
     d_states=(1, 4, 16, 64, 128),
     memory_length=16384,
     threads=(1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,),
 )
 QUICK = Settings(
-    device="cpu",
-    rounds=3,
-    sample_seconds=0.002,
-    comparison_seconds=0.0,
     length=128,
-    lengths=(256, 1024),
-    contender_lengths=(128,),
-    quadratic_length=32,
+    lengths=(64, 128),
+    slow_lengths=(128,),
+    quadratic_length=64,
     d_states=(4, 16),
-    memory_length=4096,
+    memory_length=1024,
     threads=(1,),
 )
 CUDA_FULL = CudaSettings(
-    device="cuda",
     rounds=25,
     sample_seconds=0.02,
     comparison_seconds=8.0,
@@ -106,10 +102,6 @@ CUDA_FULL = CudaSettings(
     conv_length=32768,
 )
 CUDA_QUICK = CudaSettings(
-    device="cuda",
-    rounds=3,
-    sample_seconds=0.002,
-    comparison_seconds=0.0,
     batch=2,
     length=256,
     channels=128,

@@ -1,157 +1,229 @@
 # SPDX-License-Identifier: Apache-2.0
-"""That the benchmarks run and judge; what they measure here means nothing."""
+"""That the benchmarks run, check and compare; what they measure here means nothing."""
 
 from __future__ import annotations
 
 import json
-from concurrent.futures.process import BrokenProcessPool
+import multiprocessing
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 import torch
 
 pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
 
 import typer
 from benchmarks import __main__ as command_line
-from benchmarks import contenders, settings
-from benchmarks.__main__ import Device, Section
-from benchmarks.block import measure_decode
-from benchmarks.contenders import OURS, RECOMPUTING
-from benchmarks.layout import measure_layout
-from benchmarks.measure import Timings, in_fresh_process, interleave
-from benchmarks.memory import kept_for_backward, scan_peak
-from benchmarks.plots import save_plots
-from benchmarks.results import Bar, Results
-from benchmarks.scan import measure_scan
+from benchmarks import cuda, implementations, measure, results, settings
+from benchmarks.__main__ import Device, Section, suites
+from benchmarks.correctness import WrongResultError
+from benchmarks.device import NotReadyError, require_packages
+from benchmarks.implementations import OURS, RECOMPUTING
+from benchmarks.memory import kept_for_backward
+from benchmarks.results import Results
+from benchmarks.scan import DEFAULT
 from typer.testing import CliRunner
 
 import mambablock
+from mambablock import compat
 
-SMALLEST = replace(
-    settings.QUICK, length=8, lengths=(8, 16), contender_lengths=(8,), quadratic_length=8
-)
-
-app = typer.Typer()
-app.command()(command_line.main)
+ROOT = Path(__file__).parent.parent
+SIZES = replace(settings.CUDA_QUICK, device="cpu", rounds=1)
 
 
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No new process, no lasting change of this one's allocator, no optional packages."""
-    monkeypatch.setattr("benchmarks.scan.keep_freed_memory", lambda: None)
-    monkeypatch.setattr("benchmarks.block.keep_freed_memory", lambda: None)
-    monkeypatch.setattr("benchmarks.layout.keep_freed_memory", lambda: None)
-    monkeypatch.setattr(command_line, "in_fresh_process", lambda measure, *args: measure(*args))
-    monkeypatch.setattr(contenders, "HAS_TRANSFORMERS", False)
-    monkeypatch.setattr(contenders, "HAS_MAMBAPY", False)
-    suites = command_line.suites
-    monkeypatch.setitem(suites, Device.cpu, replace(suites[Device.cpu], quick=SMALLEST))
+def run(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(command_line.main)
+    return CliRunner().invoke(app, arguments)
 
 
-def test_table_json_and_plot(tmp_path: Path) -> None:
-    arguments = ["--quick", "--only", "decode", "--output", str(tmp_path)]
-    outcome = CliRunner().invoke(app, arguments)
-    assert outcome.exit_code == 0, outcome.output
-    assert "decode: step, one sequence" in outcome.output
-    saved = json.loads((tmp_path / "cpu.json").read_text())
-    assert [bar["section"] for bar in saved["bars"]] == ["decode"]
-    assert {figure["implementation"] for figure in saved["figures"]} == {
-        "mambablock",
-        "PyTorch loop",
-        "four F.linear",
-    }
-    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+def wrong(operator: str, at: int | None, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """At one length or at every one, in bfloat16."""
+    y = getattr(mambablock, operator)(x, *args, **kwargs)
+    return y * 1.02 if x.dtype == torch.bfloat16 and at in (None, x.shape[1]) else y
 
 
-def test_nothing_is_printed_while_results_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def slightly_wrong(*args: object, **kwargs: object) -> torch.Tensor:
-        return mambablock.selective_scan(*args, **kwargs) * 1.001
-
-    monkeypatch.setattr(contenders, "selective_scan", slightly_wrong)
-    outcome = CliRunner().invoke(app, ["--quick"])
-    assert outcome.exit_code == 1
-    assert outcome.stdout == ""
-    assert "selective_scan (torch.float32), forward is wrong" in outcome.stderr
+def die(*_: object) -> None:
+    os._exit(1)
 
 
-@pytest.mark.parametrize("error", [BrokenProcessPool, torch.OutOfMemoryError])
-def test_a_section_whose_process_dies_is_left_out(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def die(*args: object) -> Results:
-        raise error
+def exhaust_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError
 
-    suites = command_line.suites
-    dying = replace(suites[Device.cpu], sections={Section.decode: die})
-    monkeypatch.setitem(suites, Device.cpu, dying)
-    outcome = CliRunner().invoke(app, ["--quick", "--only", "decode"])
-    assert outcome.exit_code == 0
-    assert "decode is left out" in outcome.stdout
+
+def run_suites(folder: Path) -> dict[str, Any]:
+    """Each with right and with wrong results, on the CPU, in forks of a process of its own."""
+    import torch._dynamo  # which the first recomputation in a process imports
+
+    torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+    measure.PROCESSES = multiprocessing.get_context("fork")
+    command_line.require_device = lambda: "9.0"
+    results._cuda_device = lambda: {"device": "a GPU"}
+    sys.modules.update(dict.fromkeys(("transformers", "mambapy")))  # not to be imported
+    sys.modules["mamba_ssm.ops.selective_scan_interface"] = compat.mamba_ssm
+    sys.modules["causal_conv1d"] = compat.causal_conv1d
+    sys.modules.update(dict.fromkeys(("selective_scan_cuda", "causal_conv1d_cuda"), compat))
+    suites[Device.cuda].sections.update({Section.rate: die, Section.memory: exhaust_memory})
+    found: dict[str, Any] = {}
+    for device, operator in (("cpu", "selective_scan"), ("cuda", "causal_conv1d")):
+        suite = suites[Device(device)]
+        quick = replace(suite.quick, device="cpu", rounds=1)
+        suites[Device(device)] = replace(suite, quick=quick)
+        for kind, at in (("right", -1), ("wrong", None)):
+            with patch.object(implementations, operator, partial(wrong, operator, at)):
+                done = run("--device", device, "--quick", "--output", str(folder))
+            errors = done.stderr or repr(done.exception)
+            found[f"{kind} {device}"] = (done.exit_code, done.stdout, errors)
+    for name in (OURS, RECOMPUTING):
+        found[name] = measure.in_fresh_process(kept_for_backward, name, 256)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("results")
+    # A single SIMD level, since a fork cannot choose another.
+    level = {"MAMBABLOCK_SIMD": "baseline"}
+    return {"folder": folder} | measure.in_fresh_process(run_suites, folder, environment=level)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_section_is_reported(device: str, found: dict[str, Any]) -> None:
+    status, output, errors = found[f"right {device}"]
+    assert status == 0, errors
+    saved = json.loads((found["folder"] / f"{device}.json").read_text())
+    suite = suites[Device(device)]
+    sections = {section.value for section in suite.sections}
+    assert {figure["section"] for figure in saved["figures"]} == sections
+    assert {target["section"] for target in saved["targets"]} == sections
+    values = ("seconds", "value")
+    keys = [{k: v for k, v in f.items() if k not in values} for f in saved["figures"]]
+    assert not [key for key in keys if keys.count(key) > 1]
+    for package in suite.packages:
+        assert (f"Note: {package} can't be imported" in output) == (device == "cpu")
+    if "Note: matplotlib" not in output:
+        from benchmarks.plots import PLOTS
+
+        assert all((found["folder"] / f"{name}.png").exists() for name in PLOTS[device])
+
+
+def test_plots_are_of_one_allocator(found: dict[str, Any], tmp_path: Path) -> None:
+    plots = pytest.importorskip("benchmarks.plots")
+    figures = json.loads((found["folder"] / "cpu.json").read_text())["figures"]
+    scans = [figure for figure in figures if figure["section"] == "scan"]
+    kept = [figure for figure in scans if figure["allocator"] != DEFAULT]
+    assert len(scans) - len(kept) == len(settings.QUICK.threads)
+    plots.save_plots("cpu", Results(kept), tmp_path, settings.QUICK)
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (found["folder"] / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("section", ["rate", "memory"])
+def test_a_section_whose_process_dies_is_left_out(section: str, found: dict[str, Any]) -> None:
+    _, output, _ = found["right cuda"]
+    assert f"Note: {section} is left out" in output
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_is_printed_while_results_are_wrong(device: str, found: dict[str, Any]) -> None:
+    status, output, errors = found[f"wrong {device}"]
+    assert (status, output) == (1, "")
+    assert "(torch.bfloat16), forward is wrong, so nothing is measured" in errors
+
+
+def test_memory_is_that_of_the_tensors(found: dict[str, Any]) -> None:
+    figures = json.loads((found["folder"] / "cpu.json").read_text())["figures"]
+    figures = [f for f in figures if (f["section"], f.get("pass")) == ("memory", "backward")]
+    peaks = {f["implementation"]: f["value"] for f in figures}
+    # Their pages are touched, so no peak can be below them.
+    assert peaks["its tensors"] <= peaks["selective_scan"] < 1.5 * peaks["its tensors"]
+    # The convolution's output and delta, each of d_inner float32 numbers a step.
+    assert found[OURS] - found[RECOMPUTING] > 0.9 * 2 * 4 * settings.D_INNER * 256
+
+
+@pytest.mark.parametrize("length", [SIZES.length, SIZES.steps, SIZES.longest])
+def test_a_wrong_result_ends_a_measurement(length: int) -> None:
+    operator = partial(wrong, "selective_scan", length)
+    with (
+        patch.object(implementations, "selective_scan", operator),
+        pytest.raises(WrongResultError, match="forward"),
+    ):
+        cuda.measure_scan(SIZES)
 
 
 @pytest.mark.parametrize("arguments", [["--only", "sca"], ["--device", "cuda", "--only", "rate"]])
 def test_unknown_section(arguments: list[str]) -> None:
-    outcome = CliRunner().invoke(app, arguments)
-    assert outcome.exit_code == 2
-    assert arguments[-1] in outcome.stderr
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert arguments[-1] in done.stderr
 
 
-def test_scan_and_its_plots(tmp_path: Path) -> None:
-    results = measure_scan(SMALLEST)
-    for passes in ("forward", "forward + backward"):
-        lengths = {f["length"] for f in results.select("scan", **{"pass": passes})}
-        assert lengths == {8, 16}
-    save_plots(results, tmp_path, SMALLEST)
-    assert {path.name for path in tmp_path.iterdir()} == {"scan_length.png", "scan_sizes.png"}
+no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-def test_layouts_are_compared() -> None:
-    bars = measure_layout(SMALLEST).bars
-    assert len(bars) == len({bar.what for bar in bars}) == 16
-    assert {bar.against for bar in bars} == {"channels last", "F.conv1d + F.silu"}
+@no_device
+def test_without_a_device_one_sentence_and_status_2() -> None:
+    # Not those of a make that runs the tests.
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    command = ["make", "gpu-check", f"PYTHON={sys.executable}"]
+    make = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    measuring = run("--device", "cuda")
+    for status, done in ((make.returncode, make), (measuring.exit_code, measuring)):
+        assert (status, done.stdout) == (2, "")
+        assert done.stderr.startswith(
+            ("expected a torch with CUDA; got", "expected a CUDA device;")
+        )
 
 
-def test_recomputation_keeps_less() -> None:
-    kept = [in_fresh_process(kept_for_backward, name, 256) for name in (RECOMPUTING, OURS)]
-    # The convolution's output and delta, each of 1536 float32 numbers a step.
-    assert kept[1] - kept[0] > 0.9 * 2 * 4 * 1536 * 256
+@no_device
+def test_a_required_device_that_is_missing_is_a_failure() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_updates.py", "-k", "groups"]
+    environment = os.environ | {"MAMBABLOCK_REQUIRE_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
 
 
-def test_peak_memory_counts_the_tensors() -> None:
-    peak, tensors = in_fresh_process(scan_peak, 1024, "backward")
-    # Their pages are touched, so no peak can be below them.
-    assert tensors <= peak < 1.5 * tensors
+def test_missing_packages_are_named() -> None:
+    with pytest.raises(NotReadyError, match=r"lacks: absent_1, absent_2$"):
+        require_packages("absent_1", "torch", "absent_2")
 
 
-def test_ratio_is_that_within_rounds() -> None:
-    timings = Timings({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 2.0]})
+def test_a_ratio_is_that_within_rounds() -> None:
+    timings = measure.Timings({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 2.0]})
     assert timings.seconds("a") == 3.0
     assert timings.ratio("a", "b") == 0.5
 
 
-def test_interleave_takes_turns() -> None:
-    calls: list[str] = []
-    timings = interleave(
-        {name: (lambda name=name: calls.append(name)) for name in "ab"},
-        replace(SMALLEST, rounds=3, sample_seconds=0),
-    )
-    assert calls[-6:] == ["a", "b"] * 3
-    assert [len(samples) for samples in timings.samples.values()] == [3, 3]
+class FakeEvent:
+    """Its clock goes on by a millisecond with every call."""
+
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.done = False
+
+    def record(self) -> None:
+        self.time = len(self.calls)
+
+    def synchronize(self) -> None:
+        self.done = True
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert end.done
+        return end.time - self.time
 
 
-@pytest.mark.parametrize(("ratio", "at_least", "met"), [(2, True, True), (2, False, False)])
-def test_bar(ratio: float, at_least: bool, met: bool) -> None:
-    bar = Bar("scan", "x", 2.0, "s", "y", 1.0, ratio, 1.5, at_least)
-    assert bar.met is met
-    results = Results(bars=[bar])
-    results.extend(Results(bars=[bar]))
-    assert results.bars == [bar, bar]
-
-
-def test_decode_compares_with_the_linear_layers() -> None:
-    (bar,) = measure_decode(SMALLEST).bars
-    assert bar.ratio > 0
-    assert not bar.at_least
+def test_functions_take_turns_and_are_timed_by_events() -> None:
+    functions = {name: partial(FakeEvent.calls.append, name) for name in "ab"}
+    sampling = replace(settings.CUDA_QUICK, rounds=3, sample_seconds=0.004)
+    with patch("torch.cuda.Event", FakeEvent):
+        timings = measure.interleave(functions, sampling)
+    assert timings.samples == {name: [pytest.approx(1e-3)] * 3 for name in "ab"}
+    assert FakeEvent.calls[-24:] == list("aaaabbbb" * 3)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine code of the CUDA kernels may need, which shows without a GPU."""
+"""What the machine code of the CUDA kernels may use, checked without a GPU."""
 
 from __future__ import annotations
 
 import pytest
-from benchmarks.sass import EMULATION, LIBRARY
-from benchmarks.sass.account import Device, accounts
-from benchmarks.sass.launches import Problem, record
-from benchmarks.sass.listing import Kernel, MissingToolError, find_tools, read_kernels
+from tools.sass import EMULATION, LIBRARY
+from tools.sass.account import Device, accounts
+from tools.sass.launches import Problem, record
+from tools.sass.listing import Kernel, MissingToolError, find_tools, read_kernels
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_kernels_are_few(kernels: list[Kernel]) -> None:
     [
         ("forward", 7.0, 1.1),
         ("backward", 20.0, 2.2),
-        # Steps of a channel are turned over, and B and C come one by one.
+        # The tiles are transposed, and B and C are loaded one by one.
         ("forward of (B, D, L) memory", 7.5, 1.1),
         ("backward of (B, D, L) memory", 21.0, 2.2),
     ],

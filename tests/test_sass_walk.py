@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The walk of one thread through machine code, on code written by hand."""
+"""The execution of one thread, on machine code written by hand."""
 
 from __future__ import annotations
 
 import pytest
-from benchmarks.sass.launches import Launch
-from benchmarks.sass.listing import Kernel, parse_sass
-from benchmarks.sass.thread import Thread, UnknownWayError
+from tools.sass.launches import Launch
+from tools.sass.listing import Kernel, parse_sass
+from tools.sass.thread import Thread, UnknownBranchError
 
 # As the compiler divides: by a reciprocal in floating point, then corrected.
 DIVISION = """
@@ -76,6 +76,6 @@ def test_loop(times: int) -> None:
     assert visits == [1, 1, *[times] * 6, 1]
 
 
-def test_a_way_that_depends_on_data_is_an_error() -> None:
-    with pytest.raises(UnknownWayError, match="BRA at 0x40 depends on data"):
+def test_a_branch_on_data_is_an_error() -> None:
+    with pytest.raises(UnknownBranchError, match="BRA at 0x40 depends on data"):
         thread(UNKNOWN, 0, 0).run()

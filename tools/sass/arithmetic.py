@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The integer and predicate instructions, as far as a thread's way depends on them."""
+"""The integer and predicate instructions that a thread's control flow depends on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _compute: dict[str, Compute] = {}
 
 
 def find(base: str) -> Compute | None:
-    """What computes the opcode, or its twin on uniform registers; None where nothing does."""
+    """The function of an opcode, on uniform registers too; None for one that is not computed."""
     return _compute.get(base) or _compute.get(base.removeprefix("U"))
 
 
@@ -78,7 +78,7 @@ def _split_predicates(operands: list[str]) -> tuple[list[str], str, list[str]]:
 
 
 def _addend(thread: Thread, operand: str) -> Value:
-    """A term of a sum with carries: -R counts as ~R + 1, which a carry can come out of."""
+    """A term of a sum with carries: -R is ~R + 1, which can carry."""
     sign, name = split_sign(operand)
     value = thread.value(name)
     if value is None:
@@ -187,7 +187,7 @@ def _lop3(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
     predicates, destination, sources = _split_predicates(operands)
     table = int(sources[3], 16)
     values = [thread.value(source) for source in sources[:3]]
-    # Bits are apart from each other: all zeros and all ones tell whether an unknown one matters.
+    # Bits are independent: all zeros and all ones tell whether an unknown one matters.
     choices = [(0, MASK) if value is None else (value,) for value in values]
     found = {_look_up_words(table, words) for words in itertools.product(*choices)}
     result = found.pop() if len(found) == 1 else None
@@ -304,7 +304,7 @@ def _ldc(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
 
 @opcode("HFMA2")
 def _hfma2(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
-    """As a move of a constant: two halves added to nothing."""
+    """As a move of a constant: two half-precision immediates added to zero."""
     destination, a, b, *halves = operands
     value: Value = None
     if a.lstrip("-") == b.lstrip("-") == "RZ" and len(halves) == 2:
@@ -323,7 +323,7 @@ def _p2r(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
     if value is None or chosen is None:
         thread.set(destination, None)
         return
-    # One that is unknown counts as false: it comes of data, which no way depends on.
+    # An unknown one counts as false: it depends on data, and no branch depends on it.
     bits = sum(bool(thread.predicates.get(f"P{i}")) << i for i in range(7))
     shift = 8 * int(modifiers[0][1]) if modifiers else 0
     thread.set(destination, value & ~(chosen << shift) | (bits & chosen) << shift)
@@ -349,11 +349,11 @@ def _vote(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
 
 @opcode("FCHK")
 def _fchk(thread: Thread, modifiers: list[str], operands: list[str]) -> None:
-    """No division takes the slow way, which is for denormal numbers and the like."""
+    """No division takes the slow path, which is for denormal numbers and the like."""
     thread.set_predicate(operands[0], False)
 
 
-# Integer divisions go by the floating-point reciprocal, whose last bits they correct.
+# Integer divisions use the floating-point reciprocal and correct its last bits.
 
 
 def _float(bits: int) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m benchmarks.sass --help`."""
+"""The command line: `python -m tools.sass --help`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from . import EMULATION, LIBRARY
 from .account import Account, Device, accounts
 from .launches import Problem, record
 from .listing import Kernel, MissingToolError, read_kernels
-from .thread import PARAMETERS, UnknownWayError
+from .thread import PARAMETERS, UnknownBranchError
 
 
 def main(
     library: Annotated[Path, Option(help="The library with the kernels.")] = LIBRARY,
-    emulation: Annotated[Path, Option(help="The one of the emulated kernels.")] = EMULATION,
+    emulation: Annotated[Path, Option(help="The library of the emulated kernels.")] = EMULATION,
     only: Annotated[str, Option(help="Only kernels with this in their names.")] = "",
-    opcodes: Annotated[int, Option(help="How many of the most issued opcodes to name.")] = 0,
+    opcodes: Annotated[int, Option(help="How many of the most issued opcodes to list.")] = 0,
     listing: Annotated[
         bool, Option(help="Print how often a thread issues each instruction.")
     ] = False,
 ) -> None:
-    """Tell what each CUDA kernel uses, and what the scan issues per state-step, without a GPU."""
+    """Report what each CUDA kernel uses, and what the scan issues per state-step."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     for path in (library, emulation):
         if not path.exists():
@@ -52,7 +52,7 @@ def main(
                         if listing:
                             print_listing(account, operator)
         console.print(table)
-    except (MissingToolError, UnknownWayError) as error:
+    except (MissingToolError, UnknownBranchError) as error:
         print(f"mambablock: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
 
@@ -79,8 +79,8 @@ def account_table(problem: Problem, device: Device) -> Table:
     table = Table(
         title=f"What the scan issues at batch {problem.batch}, length {problem.length}, "
         f"{problem.channels} channels, {problem.states} states in bfloat16",
-        caption=f"Per state-step. The least time is what the larger of issue slots and exp unit "
-        f"allow on {device.name}.",
+        caption=f"Per state-step. The least time is that of the issue slots or of the exp unit, "
+        f"whichever is longer, on {device.name}.",
     )
     for name in ("operator", "kernel"):
         table.add_column(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each operator issues per state-step, and the time that this allows at the least."""
+"""What each operator issues per state-step, and the least time that it takes."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ def account_for(kernel: Kernel, launch: Launch, problem: Problem) -> Account:
 def accounts(
     kernels: list[Kernel], launches: list[Launch], architecture: int, problem: Problem
 ) -> list[Account]:
-    """Of all that an operator launches, in that order."""
+    """Of all that an operator launches, in order."""
     built = [kernel for kernel in kernels if kernel.architecture == architecture]
     return [account_for(find_kernel(built, launch.kernel), launch, problem) for launch in launches]

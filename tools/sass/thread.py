@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Walks one thread of a launch through a kernel's machine code and counts what it issues.
+"""Executes one thread of a launch on a kernel's machine code and counts what it issues.
 
-Only integers and predicates are computed, from the launch's parameters: which way a thread takes
-depends on nothing else in these kernels. What comes from memory or from floating point is unknown
-(None), and so is what follows from it; a branch on it is an error.
+Only integers and predicates are computed, from the launch's parameters: the control flow of these
+kernels depends on nothing else. Values from memory or floating point are unknown (None), and so is
+what is computed of them; a branch on them is an error.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Step = Callable[[], int | None]  # the index of the next instruction, if it is n
 
 # Where the parameters begin in constant bank 0.
 PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 75: 0x160, 90: 0x210}
-# Opcodes that give nothing, and leave the way as it is.
+# Opcodes without a result that do not branch.
 NO_RESULT = {
     *("ST", "STG", "STS", "STL", "RED", "BAR", "NOP", "BSSY", "BSYNC", "WARPSYNC", "DEPBAR"),
     *("LDGDEPBAR", "LDGSTS", "MEMBAR", "ERRBAR", "YIELD", "CCTL", "ENDCOLLECTIVE", "BMOV"),
 }
 
 
-class UnknownWayError(Exception):
-    """The thread's way depends on what is not known."""
+class UnknownBranchError(Exception):
+    """The thread's control flow depends on unknown values."""
 
 
 class Thread:
@@ -77,7 +77,7 @@ class Thread:
             else:
                 index = following
         else:
-            raise UnknownWayError(f"no end after {limit} instructions")
+            raise UnknownBranchError(f"no end after {limit} instructions")
         return visits
 
     # Operands
@@ -109,7 +109,7 @@ class Thread:
 
     def _word(self, name: str) -> Callable[[], Value]:
         if re.fullmatch(r"U?R(\d+|Z)", name):
-            # Nothing depends on what a register holds at first.
+            # Nothing depends on a register that has not been written.
             return lambda: self.registers.get(name, 0)
         if match := re.fullmatch(r"c\[0x0\]\[(.*)\]", name):
             place = match[1]
@@ -172,7 +172,7 @@ class Thread:
             def step() -> int | None:
                 taken = self.predicate(guard)
                 if taken is None:
-                    raise UnknownWayError(
+                    raise UnknownBranchError(
                         f"{instruction.opcode} at 0x{instruction.address:x} depends on data"
                     )
                 following: int | None = jump(instruction) if taken else None
@@ -208,7 +208,7 @@ class Thread:
             return None
         taken = [self.predicate(condition) for condition in conditions]
         if None in taken:
-            raise UnknownWayError(f"BRA at 0x{instruction.address:x} depends on data")
+            raise UnknownBranchError(f"BRA at 0x{instruction.address:x} depends on data")
         return self.at[int(target, 16)] if all(taken) else None
 
     def _jump_call(self, instruction: Instruction) -> int:
@@ -217,7 +217,7 @@ class Thread:
     def _jump_ret(self, instruction: Instruction) -> int:
         target = self.value(instruction.operands[0].split()[0])
         if target is None:
-            raise UnknownWayError(f"RET at 0x{instruction.address:x} depends on data")
+            raise UnknownBranchError(f"RET at 0x{instruction.address:x} depends on data")
         return self.at[target]
 
     def _jump_exit(self, instruction: Instruction) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 class MissingToolError(Exception):
-    """A tool that is needed is not there; the text says which and where it comes from."""
+    """A tool is missing; the text says which, and where to get it."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Kernel:
 
     @property
     def spills(self) -> int:
-        """Instructions that reach for local memory, where spilled registers are."""
+        """Loads and stores of local memory, which holds spilled registers."""
         return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.code)
 
 
