@@ -29,7 +29,7 @@ def check_sequences(
 ) -> None:
     """The arguments of MambaBlock.forward."""
     owner = type(block).__name__
-    _check_hidden_states(block, "hidden_states", hidden_states, "batch", "length")
+    check_hidden_states(block, "hidden_states", hidden_states, "batch", "length")
     batch, length, _ = hidden_states.shape
     if attention_mask is not None:
         if cu_seqlens is not None:
@@ -55,11 +55,11 @@ def check_sequences(
 
 def check_step(block: MambaBlock, hidden_states: Tensor, state: MambaState) -> None:
     """The arguments of MambaBlock.step."""
-    _check_hidden_states(block, "step's hidden_states", hidden_states, "batch")
+    check_hidden_states(block, "step's hidden_states", hidden_states, "batch")
     _check_state(block, "step's state", state, hidden_states.shape[0], hidden_states)
 
 
-def _check_hidden_states(
+def check_hidden_states(
     block: MambaBlock, argument: str, hidden_states: Tensor, *dims: str
 ) -> None:
     """`dims` are all dimensions but the last."""

@@ -70,10 +70,9 @@ def tensor(owner: str, argument: str, value: object, sizes: dict[str, int], *for
     shape = value.shape
     for dims in forms:
         if len(dims) == len(shape):
-            for dim, size in zip(dims, shape, strict=True):
-                if sizes.setdefault(dim, size) != size:
-                    break
-            else:
+            found = dict(zip(dims, shape, strict=True))
+            if all(sizes.get(dim, size) == size for dim, size in found.items()):
+                sizes |= found
                 return
     named = {dim: f"{dim}={size}" for dim, size in sizes.items() if dim != str(size)}
     expected = (f"({', '.join(named.get(dim, dim) for dim in dims)})" for dims in forms)

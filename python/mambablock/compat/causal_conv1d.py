@@ -6,16 +6,42 @@ Tensors are (batch, dim, seqlen), in any memory layout.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from .._library import accumulator_dtype
 from ..causal_conv1d import causal_conv1d
 from ..causal_conv1d_update import causal_conv1d_update as _update
+from ._explain import Forms, explained
 
 __all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
 
+_forms: Forms = {
+    "weight": "dim, width",
+    "bias": "dim",
+    "x": "batch, dim, seqlen",
+    "seq_idx": "batch, seqlen",
+    "initial_states": "batch, dim, width - 1",
+    "final_states_out": "batch, dim, width - 1",
+}
 
+
+def _update_forms(conv_state_indices: Any = None, **_: Any) -> Forms:
+    rows = "batch" if conv_state_indices is None else "rows"
+    return {
+        "weight": "dim, width",
+        "bias": "dim",
+        "x": ("batch, dim", "batch, dim, seqlen"),
+        "conv_state": f"{rows}, dim, state_len",
+        "cache_seqlens": "batch",
+        "conv_state_indices": "batch",
+    }
+
+
+@explained(_forms, indices=("seq_idx",), initial_state="initial_states")
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -45,19 +71,24 @@ def causal_conv1d_fn(
 
     Raises:
         NotImplementedError: another activation.
-        ValueError: return_final_states together with seq_idx.
+        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
+            that it must be; the text names it. Or return_final_states together with seq_idx.
         RuntimeError: as from :func:`mambablock.causal_conv1d`.
     """
-    silu = _is_silu("causal_conv1d_fn", activation)
+    owner = "causal_conv1d_fn"
+    silu = _is_silu(owner, activation)
+    if final_states_out is not None:
+        check.floating(owner, "final_states_out", final_states_out)
+        check.device(owner, "final_states_out", final_states_out, "x", x)
+    if seq_idx is not None:
+        check.device(owner, "seq_idx", seq_idx, "x", x)
     inputs = x.transpose(1, 2)
     states = None
     if initial_states is not None:
         states = initial_states.transpose(1, 2).to(accumulator_dtype(x.dtype))
     if seq_idx is not None:
         if return_final_states:
-            raise ValueError(
-                "causal_conv1d_fn: return_final_states must be False with seq_idx; got True"
-            )
+            raise ValueError(f"{owner}: return_final_states must be False with seq_idx; got True")
         return _packed(inputs, weight, bias, seq_idx, states, silu).transpose(1, 2).to(x.dtype)
 
     y, last = causal_conv1d(
@@ -81,10 +112,7 @@ def _packed(
     """The convolution of (batch, length, dim) by sequences, all rows being packed into one."""
     batch, length, dim = inputs.shape
     if seq_idx.shape != (batch, length):
-        raise ValueError(
-            f"causal_conv1d_fn: seq_idx must be (batch={batch}, seqlen={length}); "
-            f"got {tuple(seq_idx.shape)}"
-        )
+        raise ValueError(f"causal_conv1d_fn: seq_idx must be (batch, seqlen); got {seq_idx.shape}")
     begins = torch.ones_like(seq_idx, dtype=torch.bool)
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     starts = begins.flatten().nonzero().squeeze(1)
@@ -105,6 +133,7 @@ def _packed(
     return y.view(batch, length, dim).masked_fill((seq_idx < 0)[..., None], 0)
 
 
+@explained(_update_forms, indices=("cache_seqlens", "conv_state_indices"), state="conv_state")
 @torch.no_grad()
 def causal_conv1d_update(
     x: Tensor,
@@ -134,14 +163,17 @@ def causal_conv1d_update(
 
     Raises:
         NotImplementedError: another activation.
-        ValueError: state_len is less than width - 1.
+        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
+            that it must be, state_len >= width - 1 included; the text names it.
         RuntimeError: as from :func:`mambablock.causal_conv1d_update`.
     """
-    silu = _is_silu("causal_conv1d_update", activation)
+    owner = "causal_conv1d_update"
+    silu = _is_silu(owner, activation)
+    check.floating(owner, "conv_state", conv_state)
     state_len, past = conv_state.shape[-1], weight.shape[1] - 1
     if state_len < past:
         raise ValueError(
-            f"causal_conv1d_update: conv_state must hold at least width - 1 = {past} inputs; "
+            f"{owner}: conv_state must hold at least width - 1 = {past} inputs; "
             f"got {tuple(conv_state.shape)}"
         )
     steps = x.unsqueeze(-1) if x.dim() == 2 else x

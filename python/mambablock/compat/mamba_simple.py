@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks as check
+from .._block_checks import check_hidden_states, check_sequences
 from .._layers import in_scan_dtype
 from ..block import MambaBlock
 from ..selective_state_update import selective_state_update
@@ -67,18 +69,23 @@ class Mamba(MambaBlock):
 
         inference_params, with seqlen_offset and the dict key_value_memory_dict, keeps the states
         under layer_idx: at offset 0 they are set, and after it hidden_states is one step.
+
+        Raises:
+            TypeError, ValueError: as from MambaBlock; or inference_params has not both, layer_idx
+                is None, or the states are not as from allocate_inference_cache.
         """
         if inference_params is None:
             y = super().forward(hidden_states)
             assert isinstance(y, Tensor)
             return y
-        states = self._states(inference_params, hidden_states.shape[0])
+        states = self._states(inference_params, hidden_states)
         if inference_params.seqlen_offset > 0:
             return self.step(hidden_states, *states)[0]
         y, last = super().forward(hidden_states, return_state=True)
         conv_state, ssm_state = states
         # The state has room for one input more than the convolution looks back to.
-        conv_state.copy_(F.pad(last.conv.transpose(1, 2), (1, 0)))
+        spare = conv_state.shape[2] - last.conv.shape[1]
+        conv_state.copy_(F.pad(last.conv.transpose(1, 2), (spare, 0)))
         ssm_state.copy_(last.ssm)
         return y
 
@@ -89,13 +96,16 @@ class Mamba(MambaBlock):
         """One step of (batch, 1, d_model); returns (y, conv_state, ssm_state), both updated.
 
         Raises:
-            ValueError: hidden_states has another number of steps than one.
+            TypeError, ValueError: an argument is not a tensor, or has a wrong shape, dtype or
+                device; the states are then as they were.
         """
+        check_hidden_states(self, "step's hidden_states", hidden_states, "batch", "1")
         if hidden_states.shape[1] != 1:
             raise ValueError(
-                "Mamba: step's hidden_states must be (batch, 1, d_model); "
+                f"{type(self).__name__}: step's hidden_states must be (batch, 1, d_model); "
                 f"got {tuple(hidden_states.shape)}"
             )
+        self._check_states(conv_state, ssm_state, hidden_states)
         x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_update(
             x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
@@ -123,7 +133,15 @@ class Mamba(MambaBlock):
         Returns:
             conv_state (batch_size, d_inner, d_conv) and ssm_state (batch_size, d_inner, d_state),
             of dtype or else of conv1d.weight's and dt_proj.weight's.
+
+        Raises:
+            TypeError: batch_size is not an integer.
+            ValueError: batch_size is negative, or dtype none of the four floating types.
         """
+        owner = type(self).__name__
+        check.integers(owner, batch_size=batch_size)
+        check.not_negative(owner, batch_size=batch_size)
+        check.dtype(owner, dtype)
         weight = self.conv1d.weight
         shape = (batch_size, self.d_inner)
         return (
@@ -131,10 +149,35 @@ class Mamba(MambaBlock):
             weight.new_zeros(*shape, self.d_state, dtype=dtype or self.dt_proj.weight.dtype),
         )
 
-    def _states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
+    def _states(self, inference_params: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        owner = type(self).__name__
+        check_sequences(self, hidden_states, None, None, None)
         if self.layer_idx is None:
-            raise ValueError("Mamba: layer_idx must be given for inference_params; got None")
-        cache: dict[int, tuple[Tensor, Tensor]] = inference_params.key_value_memory_dict
+            raise ValueError(f"{owner}: layer_idx must be given for inference_params; got None")
+        cache = getattr(inference_params, "key_value_memory_dict", None)
+        if not isinstance(cache, dict) or not hasattr(inference_params, "seqlen_offset"):
+            raise TypeError(
+                f"{owner}: inference_params must have seqlen_offset and the dict "
+                f"key_value_memory_dict; got {check.got(inference_params)}"
+            )
         if self.layer_idx not in cache:
-            cache[self.layer_idx] = self.allocate_inference_cache(batch, 0)
-        return cache[self.layer_idx]
+            cache[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], 0)
+        conv_state, ssm_state = cache[self.layer_idx]
+        self._check_states(conv_state, ssm_state, hidden_states)
+        return conv_state, ssm_state
+
+    def _check_states(self, conv_state: Tensor, ssm_state: Tensor, hidden_states: Tensor) -> None:
+        owner = type(self).__name__
+        sizes = {"batch": hidden_states.shape[0], "d_inner": self.d_inner, "d_state": self.d_state}
+        for name, tensor, dims in (
+            ("conv_state", conv_state, ("batch", "d_inner", "state_len")),
+            ("ssm_state", ssm_state, ("batch", "d_inner", "d_state")),
+        ):
+            check.tensor(owner, name, tensor, sizes, dims)
+            check.floating(owner, name, tensor)
+            check.device(owner, name, tensor, "hidden_states", hidden_states)
+        if sizes["state_len"] < self.d_conv - 1:
+            raise ValueError(
+                f"{owner}: conv_state must hold at least d_conv - 1 = {self.d_conv - 1} inputs; "
+                f"got {tuple(conv_state.shape)}"
+            )

@@ -7,20 +7,69 @@ Sequences are (batch, dim, seqlen), in any memory layout.
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks as check
 from .._layers import in_scan_dtype, recomputed_but_scan
 from ..causal_conv1d import causal_conv1d
 from ..selective_scan import selective_scan
 from ..selective_state_update import selective_state_update as _update
+from ._explain import Forms, explained
 from .mamba_simple import Mamba
 
 __all__ = ["Mamba", "mamba_inner_fn", "selective_scan_fn", "selective_state_update"]
 
+_per_time = ("dim, dstate", "batch, dstate, seqlen", "batch, groups, dstate, seqlen")
+_scan_forms: Forms = {
+    "A": "dim, dstate",
+    "u": "batch, dim, seqlen",
+    "delta": "batch, dim, seqlen",
+    "B": _per_time,
+    "C": _per_time,
+    "D": "dim",
+    "z": "batch, dim, seqlen",
+    "delta_bias": "dim",
+}
+_inner_forms: Forms = {
+    "conv1d_weight": "dim, 1, width",
+    "conv1d_bias": "dim",
+    "xz": "batch, 2 * dim, seqlen",
+    "delta_proj_weight": "dim, dt_rank",
+    "x_proj_weight": "rows, dim",
+    "out_proj_weight": "d_model, dim",
+    "out_proj_bias": "d_model",
+    **_scan_forms,
+    "B_proj_bias": "dstate",
+    "C_proj_bias": "dstate",
+    "b_rms_weight": "dstate",
+    "c_rms_weight": "dstate",
+    "dt_rms_weight": "dim",
+}
 
+
+def _update_forms(state: Any, A: Any, state_batch_indices: Any = None, **_: Any) -> Forms:
+    heads = getattr(state, "ndim", 3) == 4 or getattr(A, "ndim", 2) == 3
+    channels = "heads, dim" if heads else "dim"
+    rows = "batch" if state_batch_indices is None else "rows"
+    return {
+        "A": f"{channels}, dstate",
+        "x": f"batch, {channels}",
+        "dt": f"batch, {channels}",
+        "state": f"{rows}, {channels}, dstate",
+        "B": ("batch, dstate", "batch, groups, dstate"),
+        "C": ("batch, dstate", "batch, groups, dstate"),
+        "D": channels,
+        "z": f"batch, {channels}",
+        "dt_bias": channels,
+        "state_batch_indices": "batch",
+    }
+
+
+@explained(_scan_forms)
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -52,13 +101,17 @@ def selective_scan_fn(
 
     Raises:
         NotImplementedError: A is complex.
+        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
+            that it must be; the text names it.
         RuntimeError: as from :func:`mambablock.selective_scan`.
     """
+    check.floating("selective_scan_fn", "u", u)
     _forbid_complex("selective_scan_fn", A)
     y, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return (y, last_state) if return_last_state else y
 
 
+@explained(_inner_forms, x="xz", weight="conv1d_weight", bias="conv1d_bias")
 def mamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -104,13 +157,21 @@ def mamba_inner_fn(
 
     Raises:
         NotImplementedError: A is complex.
-        ValueError: another checkpoint_lvl.
+        TypeError, ValueError: as from selective_scan_fn, or another checkpoint_lvl.
         RuntimeError: as from :func:`mambablock.selective_scan`.
     """
-    _forbid_complex("mamba_inner_fn", A)
+    owner = "mamba_inner_fn"
+    _forbid_complex(owner, A)
     if checkpoint_lvl not in (0, 1):
-        raise ValueError(f"mamba_inner_fn: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl}")
+        raise ValueError(f"{owner}: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl!r}")
     rank, state_size, eps = delta_proj_weight.shape[1], A.shape[1], b_c_dt_rms_eps
+    _check_projections(
+        xz,
+        [rank + i * state_size for i in range((B is None) + (C is None), 3)],
+        x_proj_weight=x_proj_weight,
+        delta_proj_weight=delta_proj_weight,
+        out_proj_weight=out_proj_weight,
+    )
 
     def inner(x: Tensor, z: Tensor) -> Tensor:
         x = causal_conv1d(x, conv1d_weight.squeeze(1), bias=conv1d_bias, silu=True)
@@ -139,6 +200,7 @@ def mamba_inner_fn(
     return F.linear(y, out_proj_weight, bias)
 
 
+@explained(_update_forms, indices=("state_batch_indices",), u="x", delta="dt", delta_bias="dt_bias")
 @torch.no_grad()
 def selective_state_update(
     state: Tensor,
@@ -171,14 +233,21 @@ def selective_state_update(
 
     Raises:
         NotImplementedError: A is complex.
+        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
+            that it must be; the text names it.
         RuntimeError: as from :func:`mambablock.selective_state_update`.
     """
+    check.floating("selective_state_update", "x", x)
     _forbid_complex("selective_state_update", A)
     shape, out_dtype = x.shape, x.dtype
     gate = [] if z is None else [z]
     if state.dim() == 4:
-        rows, heads, dim, state_size = state.shape
-        state = state.view(rows, heads * dim, state_size)
+        heads = state.shape[1:3]
+        shapes = [t.shape[1:] for t in (x, dt, *gate)]
+        shapes += [t.shape[:2] for t in (A, D, dt_bias) if t is not None]
+        if any(shape != heads for shape in shapes):
+            raise ValueError("selective_state_update: all must have the heads and dim of state")
+        state = state.view(state.shape[0], -1, state.shape[3])
         x, dt, *gate = (t.flatten(1) for t in (x, dt, *gate))
         A = A.flatten(0, 1)
         D = None if D is None else D.flatten()
@@ -204,6 +273,21 @@ def selective_state_update(
 def _forbid_complex(function: str, A: Tensor) -> None:
     if A.is_complex():
         raise NotImplementedError(f"{function}: A must be real; got {A.dtype}")
+
+
+def _check_projections(xz: Tensor, rows: list[int], **weights: Tensor) -> None:
+    """mamba_inner_fn's matrices; x_proj may have rows of a B or C that is given all the same."""
+    for name, weight in weights.items():
+        if weight.dim() != 2 or weight.device != xz.device:
+            expected = f"a matrix on {xz.device}"
+        elif weight.dtype != xz.dtype and not check.autocasts(xz.device.type):
+            expected = f"{xz.dtype} as xz"
+        elif name == "x_proj_weight" and weight.shape[0] not in rows:
+            expected = f"of {rows[0]} rows, for delta and each of B and C that is not given"
+        else:
+            continue
+        got = f"{tuple(weight.shape)} of {weight.dtype} on {weight.device}"
+        raise ValueError(f"mamba_inner_fn: {name} must be {expected}; got {got}")
 
 
 def _common_dtype(*tensors: Tensor) -> torch.dtype:
@@ -234,8 +318,7 @@ def _scan(
     gate = [] if z is None else [z]
     dtype = _common_dtype(u, delta, B, C, *gate)
     inputs, dt, *gate = (t.transpose(1, 2).to(dtype) for t in (u, delta, *gate))
-    batch, length, _ = inputs.shape
-    per_time = (_channels_last(t.to(dtype), batch, length) for t in (B, C))
+    per_time = (_channels_last(t.to(dtype), inputs) for t in (B, C))
     y, last_state = selective_scan(
         inputs,
         dt,
@@ -250,10 +333,10 @@ def _scan(
     return y.transpose(1, 2).to(u.dtype), last_state
 
 
-def _channels_last(tensor: Tensor, batch: int, length: int) -> Tensor:
+def _channels_last(tensor: Tensor, inputs: Tensor) -> Tensor:
     """B or C as (batch, length, dstate) or (batch, length, groups, dstate)."""
     if tensor.dim() == 2:
-        return tensor.expand(batch, length, -1, -1)
+        return tensor.expand(*inputs.shape, -1)
     return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
 
 
