@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import math
+import os
 import random
 import signal
 import sys
@@ -77,7 +78,7 @@ def bits_per_byte(model: MambaLM, text: Tensor, rows: int = 16, length: int = 51
 @torch.inference_mode()
 def write(model: MambaLM, prompt: str, count: int = 500, temperature: float = 0.7) -> None:
     """Print the prompt and what the model goes on with, drawn byte by byte with step()."""
-    tokens = list(b"\n" + prompt.encode())
+    tokens = list(b"\n" + os.fsencode(prompt))  # which may be no text, but bytes it has
     logits, states = model(torch.tensor([tokens]))
     logits, start = logits[:, -1], time.perf_counter()
     for _ in range(count):
@@ -111,7 +112,11 @@ class Run:
         for name, parameter in self.model.named_parameters():
             tensors |= {f"{k}/{name}": t for k, t in self.optimizer.state[parameter].items()}
         kept = {k: v for k, v in vars(self).items() if k not in ("model", "optimizer")}
-        save_file(tensors, partial := path.with_suffix(".partial"), {"run": json.dumps(kept)})
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, {"run": json.dumps(kept)})
+        except SafetensorError as error:
+            fail(f"Cannot write {partial}: {error}.")
         partial.replace(path)
 
     def load(self, path: Path) -> None:
@@ -129,8 +134,9 @@ class Run:
                         self.optimizer.state[parameter][moment] = tensor
             for key in ("seconds", "losses", "held_out"):
                 setattr(self, key, kept[key])
-        except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
-            fail(f"{path} is missing or not a whole checkpoint: {str(error).splitlines()[0]}.")
+        except Exception as error:  # a file may hold anything
+            reason = str(error).partition("\n")[0]
+            fail(f"{path} is missing or not a whole checkpoint: {reason}.")
 
     def train(self, text: Tensor, sample: Tensor, path: Path) -> None:
         """Spend the budget, with a checkpoint in `path`; Ctrl-C leaves one too, and exits."""
@@ -177,7 +183,7 @@ class Run:
 def main(
     data: Annotated[Path | None, typer.Option(help="Text file or folder.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Time to train for.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.01, max=1e6, help="Time to train for.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train instead.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
     prompt: Annotated[str, typer.Option(help="What the written text starts with.")] = "def ",
@@ -190,7 +196,10 @@ def main(
     model = MambaLM(256, d_model, layers)
     settings = {"d_model": d_model, "layers": layers, "text crc32": crc32(text.numpy().tobytes())}
     run = Run(model, torch.optim.Adam(model.parameters(), fused=True), settings, minutes, steps)
-    checkpoint = output / "checkpoint.safetensors"
+    checkpoint, curves = output / "checkpoint.safetensors", output / "curves.png"
+    for path in (checkpoint, curves, checkpoint.with_suffix(".partial")):
+        if path.is_dir():  # found now rather than after the training
+            fail(f"Cannot use {path}: Is a directory.")
     if resume:
         run.load(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
@@ -199,7 +208,7 @@ def main(
     raw = held_out.numpy().tobytes()
     packed = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
     bits = {name: 8 * len(data) / len(raw) for name, data in packed.items()}
-    run.plot(bits, output / "curves.png")
+    run.plot(bits, curves)
     bits["this model"] = bits_per_byte(model, held_out)
     print("Held-out bits per byte:", ", ".join(f"{name} {cost:.3f}" for name, cost in bits.items()))
     write(model, prompt)

@@ -66,4 +66,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        print(f"FOLDER must be one folder that exists; got {sys.argv[1:]}.", file=sys.stderr)
+        sys.exit(2)
     main(Path(sys.argv[1]))
