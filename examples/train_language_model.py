@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a byte-level Mamba language model on text, compare it with gzip and xz, let it write."""
+"""Train a byte-level Mamba language model on text, compare it with gzip and xz, generate text."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ SEED, BATCH, LENGTH, LEARNING_RATE = 0, 4, 256, 6e-3
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
-    """Say what ends the program; status 2 is for what the user gave and cannot be used."""
+    """Print why the program ends, and end it; status 2 is for bad input."""
     print(sentence, file=sys.stderr)
     sys.exit(status)
 
@@ -64,7 +64,7 @@ def training_batch(text: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def bits_per_byte(model: MambaLM, text: Tensor, rows: int = 16, length: int = 512) -> float:
-    """Mean cost of the bytes of `text` (n,), read in `rows` parts with the states carried on."""
+    """Mean cost of the bytes of `text` (n,), read in `rows` parts with the states carried."""
     padding = -len(text) % rows
     targets = F.pad(text.long(), (0, padding), value=-100).view(rows, -1)  # -100: not counted
     inputs = F.pad(text.long(), (1, padding), value=ord("\n"))[:-1].view(rows, -1)
@@ -77,8 +77,8 @@ def bits_per_byte(model: MambaLM, text: Tensor, rows: int = 16, length: int = 51
 
 @torch.inference_mode()
 def write(model: MambaLM, prompt: str, count: int = 500, temperature: float = 0.7) -> None:
-    """Print the prompt and what the model goes on with, drawn byte by byte with step()."""
-    tokens = list(b"\n" + os.fsencode(prompt))  # which may be no text, but bytes it has
+    """Print the prompt and the model's continuation, sampled byte by byte with step()."""
+    tokens = list(b"\n" + os.fsencode(prompt))  # it may be no UTF-8
     logits, states = model(torch.tensor([tokens]))
     logits, start = logits[:, -1], time.perf_counter()
     for _ in range(count):
@@ -91,7 +91,7 @@ def write(model: MambaLM, prompt: str, count: int = 500, temperature: float = 0.
 
 @dataclass
 class Run:
-    """All that it takes to go on with the bits of a run that never stopped."""
+    """What a resumed run needs to give the bits of one that never stopped."""
 
     model: MambaLM
     optimizer: torch.optim.Adam
@@ -120,7 +120,7 @@ class Run:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from `path`, if it is a whole checkpoint of the same settings."""
+        """Resume from `path`, if it is a whole checkpoint of the same settings."""
         try:
             with safe_open(path, "pt") as file:
                 kept = json.loads((file.metadata() or {})["run"])
@@ -168,12 +168,12 @@ class Run:
         if stop:
             fail(f"Stopped at step {len(self.losses)}; --resume goes on from {path}.", 130)
 
-    def plot(self, rivals: dict[str, float], path: Path) -> None:
+    def plot(self, baselines: dict[str, float], path: Path) -> None:
         """Draw bits per byte against the step, those of the compressors as lines."""
         axes = (figure := Figure(layout="constrained")).subplots()
         axes.plot([loss / math.log(2) for loss in self.losses], color="lightgrey", label="training")
         axes.plot(*zip(*self.held_out, strict=True), marker="o", label="held out")
-        for style, (name, bits) in zip(("--", ":"), rivals.items(), strict=True):
+        for style, (name, bits) in zip(("--", ":"), baselines.items(), strict=True):
             axes.axhline(bits, linestyle=style, label=name)
         axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
         axes.legend()
@@ -185,12 +185,12 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(min=0.01, max=1e6, help="Time to train for.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train instead.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
-    prompt: Annotated[str, typer.Option(help="What the written text starts with.")] = "def ",
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint.")] = False,
+    prompt: Annotated[str, typer.Option(help="What the generated text starts with.")] = "def ",
     d_model: Annotated[int, typer.Option(min=1)] = 128,
     layers: Annotated[int, typer.Option(min=1)] = 4,
 ) -> None:
-    """Train a byte-level Mamba language model on text, compare it with gzip, let it write."""
+    """Train a byte-level Mamba language model on text, compare it with gzip, generate text."""
     text, held_out = read_text(data)
     torch.manual_seed(SEED)
     model = MambaLM(256, d_model, layers)

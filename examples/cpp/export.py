@@ -34,7 +34,7 @@ class Decode(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
-        """x (batch, d_model) to y; the state moves on in place."""
+        """x (batch, d_model) to y; the state advances in place."""
         return self.block.step(x, MambaState(conv, ssm))
 
 

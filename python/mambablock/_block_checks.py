@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What MambaBlock checks before it computes.
 
-Decoding comes here for every token, so one expression tells whether all is well, and only what is
-not is looked at by name.
+Decoding comes here for every token: each check is one fast expression, and names are sought only
+where it is false.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the block and others' mixers, put on the operators, share."""
+"""What MambaBlock and the patched mixers of other libraries share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def recomputed_but_scan(function: Callable[..., Result], *args: Tensor | None) -> Result:
-    """function(*args), of which the backward computes anew all but the scan, keeping only args."""
+    """function(*args), recomputed in the backward but for the scan; only args are saved."""
     kept = [torch.ops.mambablock.selective_scan.default]
     result: Result = checkpoint(
         function,

@@ -53,8 +53,8 @@ class MambaBlock(nn.Module):
         dt_init_floor: least starting value of softplus(dt_proj.bias).
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have one.
-        recompute: for training, keep neither the convolution's output nor delta for the backward,
-            which computes them anew from in_proj's output; the scan itself is not run again.
+        recompute: for training, save neither the convolution's output nor delta for the backward,
+            which recomputes them from in_proj's output; the scan itself is not run again.
         layer_idx: the block's place in a model, for the caller's own use.
         device, dtype: of the parameters; A_log and D are float32 (float64 for float64) whatever
             dtype is.
@@ -145,7 +145,7 @@ class MambaBlock(nn.Module):
         self._reset_scan_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all initial values anew, as after meta-device construction and to_empty()."""
+        """Draw all initial values again, as after construction on meta and to_empty()."""
         for layer in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
             layer.reset_parameters()
         self._reset_scan_parameters()
@@ -213,7 +213,7 @@ class MambaBlock(nn.Module):
         conv_state, ssm_state = (None, None) if state is None else state
         padding = None
         if attention_mask is not None:
-            # Real tokens first, in their order: then padding comes after all that it could touch.
+            # Real tokens first, in order: then padding comes after all that it could affect.
             masked = attention_mask == 0
             order = masked.to(torch.uint8).argsort(dim=1, stable=True)
             padding = masked.gather(1, order)[..., None]
@@ -274,7 +274,7 @@ class MambaBlock(nn.Module):
 
     @torch.no_grad()
     def step(self, hidden_states: Tensor, state: MambaState) -> Tensor:
-        """One time step of forward, for inference: no gradients, and state rolled in place.
+        """One time step of forward, for inference: no gradients, the state advanced in place.
 
         Args:
             hidden_states: (batch, d_model), of the parameters' type.

@@ -31,8 +31,8 @@ def explained(
 ) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Where the function fails, say which of its arguments is not as `forms` has it.
 
-    The operators check the same and more, but speak of their own names and layout. Nothing is
-    checked here before something fails, so decoding is as fast as without.
+    The operators check the same and more, but report their own names and layout. Nothing is checked
+    here before something fails, so that decoding is as fast as without.
 
     Args:
         forms: of the tensors, or a function of the arguments that gives them. A dimension has the

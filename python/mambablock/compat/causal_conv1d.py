@@ -58,9 +58,9 @@ def causal_conv1d_fn(
         x: (batch, dim, seqlen).
         weight: (dim, width), float32 or x's type.
         bias: (dim), float32 or x's type.
-        seq_idx: (batch, seqlen), integer: which sequence a step belongs to, each sequence being one
-            run of steps; the convolution does not look across. A negative one is padding, whose
-            output is 0. On CUDA the sequences' number is waited for.
+        seq_idx: (batch, seqlen), int32 or int64: the sequence that a step belongs to. Its steps are
+            contiguous, and the convolution stays within it. A negative one is padding, whose output
+            is 0. On CUDA this waits for the device.
         initial_states: (batch, dim, width - 1), the inputs before the first, oldest first.
         return_final_states: also return the last width - 1 inputs; not with seq_idx.
         final_states_out: (batch, dim, width - 1), to write those to.
@@ -71,8 +71,9 @@ def causal_conv1d_fn(
 
     Raises:
         NotImplementedError: another activation.
-        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
-            that it must be; the text names it. Or return_final_states together with seq_idx.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device, or return_final_states is given
+            together with seq_idx.
         RuntimeError: as from :func:`mambablock.causal_conv1d`.
     """
     owner = "causal_conv1d_fn"
@@ -144,7 +145,7 @@ def causal_conv1d_update(
     cache_seqlens: Tensor | None = None,
     conv_state_indices: Tensor | None = None,
 ) -> Tensor:
-    """The convolution's next step or steps, moving the state on in place; not differentiable.
+    """The convolution's next step or steps, rolling the state in place; not differentiable.
 
     Args:
         x: (batch, dim), or (batch, dim, seqlen) for several steps.
@@ -153,8 +154,8 @@ def causal_conv1d_update(
         weight: (dim, width), float32 or x's type.
         bias: (dim), float32 or x's type.
         activation: None, "silu" or "swish".
-        cache_seqlens: (batch), integer: conv_state is a ring, and this many inputs went into it
-            before: the next one is written at cache_seqlens % state_len.
+        cache_seqlens: (batch), int32 or int64: conv_state is a circular buffer that so many inputs
+            have been written to; the next one goes to cache_seqlens % state_len.
         conv_state_indices: (batch), int32 or int64: each row's row of conv_state, which may have
             more. A negative one is padding: its output is 0, no state changes.
 
@@ -163,8 +164,8 @@ def causal_conv1d_update(
 
     Raises:
         NotImplementedError: another activation.
-        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
-            that it must be, state_len >= width - 1 included; the text names it.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device; the state is then as it was.
         RuntimeError: as from :func:`mambablock.causal_conv1d_update`.
     """
     owner = "causal_conv1d_update"
@@ -195,13 +196,13 @@ def causal_conv1d_update(
         rows = conv_state.index_select(0, conv_state_indices.clamp(min=0))
     if cache_seqlens is None:
         history = rows[..., state_len - past :]
-        moved = torch.cat([rows, steps.to(rows.dtype)], dim=-1)[..., -state_len:]
+        updated = torch.cat([rows, steps.to(rows.dtype)], dim=-1)[..., -state_len:]
     else:
-        history = rows.gather(2, _ring(cache_seqlens, -past, 0, rows))
-        # Of more steps than the ring has room for, the last ones stay.
+        history = rows.gather(2, _positions(cache_seqlens, -past, 0, rows))
+        # Of more steps than the buffer holds, the last are kept.
         kept = steps[..., -state_len:].to(rows.dtype)
         first = steps.shape[-1] - kept.shape[-1]
-        moved = rows.scatter(2, _ring(cache_seqlens, first, steps.shape[-1], rows), kept)
+        updated = rows.scatter(2, _positions(cache_seqlens, first, steps.shape[-1], rows), kept)
     y = causal_conv1d(
         steps.transpose(1, 2),
         weight,
@@ -210,19 +211,19 @@ def causal_conv1d_update(
         initial_state=history.transpose(1, 2).to(accumulator_dtype(x.dtype)),
     ).transpose(1, 2)
     if conv_state_indices is None:
-        conv_state.copy_(moved)
+        conv_state.copy_(updated)
     else:
         real = conv_state_indices >= 0
         y = y.masked_fill(~real[:, None, None], 0)
-        conv_state[conv_state_indices[real]] = moved[real]
+        conv_state[conv_state_indices[real]] = updated[real]
     return y.reshape(x.shape)
 
 
-def _ring(cache_seqlens: Tensor, begin: int, end: int, rows: Tensor) -> Tensor:
-    """Where in the ring the inputs number cache_seqlens + begin to + end are: (batch, dim, -)."""
+def _positions(cache_seqlens: Tensor, begin: int, end: int, rows: Tensor) -> Tensor:
+    """Where the buffer holds inputs cache_seqlens + begin to + end, for each channel."""
     steps = torch.arange(begin, end, device=rows.device)
-    places = (cache_seqlens[:, None] + steps) % rows.shape[2]
-    return places[:, None].expand(-1, rows.shape[1], -1)
+    positions = (cache_seqlens[:, None] + steps) % rows.shape[2]
+    return positions[:, None].expand(-1, rows.shape[1], -1)
 
 
 def _is_silu(function: str, activation: str | None) -> bool:

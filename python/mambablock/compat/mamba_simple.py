@@ -83,7 +83,7 @@ class Mamba(MambaBlock):
             return self.step(hidden_states, *states)[0]
         y, last = super().forward(hidden_states, return_state=True)
         conv_state, ssm_state = states
-        # The state has room for one input more than the convolution looks back to.
+        # The state has room for one input more than the convolution needs.
         spare = conv_state.shape[2] - last.conv.shape[1]
         conv_state.copy_(F.pad(last.conv.transpose(1, 2), (spare, 0)))
         ssm_state.copy_(last.ssm)

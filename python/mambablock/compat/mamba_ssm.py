@@ -101,8 +101,8 @@ def selective_scan_fn(
 
     Raises:
         NotImplementedError: A is complex.
-        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
-            that it must be; the text names it.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device.
         RuntimeError: as from :func:`mambablock.selective_scan`.
     """
     check.floating("selective_scan_fn", "u", u)
@@ -134,7 +134,7 @@ def mamba_inner_fn(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """A whole Mamba block behind its input projection.
+    """The Mamba block after its input projection.
 
     Args:
         xz: (batch, 2 * dim, seqlen), x first.
@@ -144,10 +144,10 @@ def mamba_inner_fn(
         delta_proj_weight: (dim, dt_rank).
         out_proj_weight: (d_model, dim).
         out_proj_bias: (d_model).
-        A, B, C, D, delta_bias, delta_softplus: as in selective_scan_fn; B or C absent comes from
-            x_proj.
+        A, B, C, D, delta_bias, delta_softplus: as in selective_scan_fn; B or C, if absent, comes
+            from x_proj.
         B_proj_bias, C_proj_bias: (dstate), added to a B or C from x_proj.
-        checkpoint_lvl: 1 computes the convolution and delta anew in the backward, 0 keeps them.
+        checkpoint_lvl: 1 recomputes the convolution and delta in the backward, 0 saves them.
         b_rms_weight, c_rms_weight: (dstate), of an RMS norm of B and C.
         dt_rms_weight: (dim), of an RMS norm of delta, before its bias.
         b_c_dt_rms_eps: these norms' epsilon.
@@ -157,7 +157,8 @@ def mamba_inner_fn(
 
     Raises:
         NotImplementedError: A is complex.
-        TypeError, ValueError: as from selective_scan_fn, or another checkpoint_lvl.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device, or another checkpoint_lvl.
         RuntimeError: as from :func:`mambablock.selective_scan`.
     """
     owner = "mamba_inner_fn"
@@ -215,7 +216,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """The scan's next step, moving the state on in place; not differentiable.
+    """The scan's next step, advancing the state in place; not differentiable.
 
     Args:
         state: (batch, dim, dstate), or (batch, heads, dim, dstate) where the other arguments' dim
@@ -233,8 +234,8 @@ def selective_state_update(
 
     Raises:
         NotImplementedError: A is complex.
-        TypeError, ValueError: an argument is not a tensor, or not of the shape, dtype or device
-            that it must be; the text names it.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device; the state is then as it was.
         RuntimeError: as from :func:`mambablock.selective_state_update`.
     """
     check.floating("selective_state_update", "x", x)
@@ -261,9 +262,9 @@ def selective_state_update(
         in_scan_dtype(A),
         B,
         C,
-        D=_widened(D),
+        D=_upcast(D),
         z=gate[0] if gate else None,
-        delta_bias=_widened(dt_bias),
+        delta_bias=_upcast(dt_bias),
         delta_softplus=dt_softplus,
         state_indices=state_batch_indices,
     )
@@ -294,14 +295,14 @@ def _common_dtype(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _widened(parameter: Tensor | None) -> Tensor | None:
+def _upcast(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else in_scan_dtype(parameter)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension, in float32."""
-    wide = in_scan_dtype(x)
-    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
+    upcast = in_scan_dtype(x)
+    return F.rms_norm(upcast, weight.shape, weight.to(upcast.dtype), eps).to(x.dtype)
 
 
 def _scan(
@@ -324,9 +325,9 @@ def _scan(
         dt,
         in_scan_dtype(A),
         *(_in_groups(t, u.shape[1]) if B.dim() != C.dim() else t for t in per_time),
-        D=_widened(D),
+        D=_upcast(D),
         z=gate[0] if gate else None,
-        delta_bias=_widened(delta_bias),
+        delta_bias=_upcast(delta_bias),
         delta_softplus=delta_softplus,
         return_final_state=True,
     )

@@ -53,14 +53,14 @@ class _OperatorForward:
         width = self.conv_kernel_size
         conv_state, ssm_state = _cached_states(cache, self.layer_idx)
         silu = self.activation in ("silu", "swish")
-        # accelerate brings offloaded weights when a layer is called, and this one is not.
+        # accelerate loads offloaded weights when a layer is called, and conv1d is not.
         conv_hook = getattr(self.conv1d, "_hf_hook", None)
         if conv_hook is not None:
             conv_hook.pre_forward(self.conv1d)
 
         inputs, z = self.in_proj(_masked(hidden_states, attention_mask)).chunk(2, dim=-1)
         if conv_state is not None:
-            # The cache keeps one input more than the convolution looks back to.
+            # The cache keeps one input more than the convolution needs.
             conv_state = conv_state[..., conv_state.shape[-1] - (width - 1) :].transpose(1, 2)
             # A copy, since the cache is overwritten below.
             conv_state = conv_state.to(in_scan_dtype(inputs).dtype, copy=True)
@@ -139,7 +139,7 @@ def patch(model: Model) -> Model:
     as it is.
 
     Differences from an unpatched model: the scan and its sums are float32 whatever the weights'
-    type; several tokens at once continue a cache's state, where transformers starts the scan anew;
+    type; several tokens at once continue a cache's state, where transformers restarts the scan;
     an adapter on dt_proj is applied, where transformers uses only its weight.
 
     Args:
