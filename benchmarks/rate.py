@@ -8,12 +8,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from mambablock import _C, selective_scan
+from mambablock import _C, build_info, selective_scan
 
 from .correctness import check_operators
 from .implementations import scan, scan_inputs
 from .measure import in_fresh_process, interleave, keep_freed_memory
-from .results import Results, Target, build_info
+from .results import Results, Target
 from .settings import D_INNER, D_STATE, Settings
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from mambablock._C import build_info
+from mambablock import build_info
 
 from .measure import Key, Timings
 from .settings import Sampling, Settings

@@ -30,7 +30,7 @@ class MambaLM(nn.Module):
         return F.linear(self.final_norm(x), self.embedding.weight), after
 
     def step(self, token: Tensor, states: list[MambaState]) -> Tensor:
-        """Token (batch,) int64 to logits (batch, vocab_size); the states move on in place."""
+        """Token (batch,) int64 to logits (batch, vocab_size); the states advance in place."""
         x = self.embedding(token)
         for norm, block, state in zip(self.norms, self.blocks, states, strict=True):
             x = x + block.step(norm(x), state)  # type: ignore[operator]

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a byte-level Mamba language model on text, compare it with gzip and xz, let it write."""
+"""Train a byte-level Mamba language model on text, compare it with gzip and xz, generate text."""
 
 import gzip
 import json
 import lzma
 import math
+import os
 import random
 import signal
 import sys
@@ -30,7 +31,7 @@ SEED, BATCH, LENGTH, LEARNING_RATE = 0, 4, 256, 6e-3
 
 
 def fail(sentence: str, status: int = 2) -> NoReturn:
-    """Say what ends the program; status 2 is for what the user gave and cannot be used."""
+    """Print why the program ends, and end it; status 2 is for bad input."""
     print(sentence, file=sys.stderr)
     sys.exit(status)
 
@@ -63,7 +64,7 @@ def training_batch(text: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def bits_per_byte(model: MambaLM, text: Tensor, rows: int = 16, length: int = 512) -> float:
-    """Mean cost of the bytes of `text` (n,), read in `rows` parts with the states carried on."""
+    """Mean cost of the bytes of `text` (n,), read in `rows` parts with the states carried."""
     padding = -len(text) % rows
     targets = F.pad(text.long(), (0, padding), value=-100).view(rows, -1)  # -100: not counted
     inputs = F.pad(text.long(), (1, padding), value=ord("\n"))[:-1].view(rows, -1)
@@ -76,8 +77,8 @@ def bits_per_byte(model: MambaLM, text: Tensor, rows: int = 16, length: int = 51
 
 @torch.inference_mode()
 def write(model: MambaLM, prompt: str, count: int = 500, temperature: float = 0.7) -> None:
-    """Print the prompt and what the model goes on with, drawn byte by byte with step()."""
-    tokens = list(b"\n" + prompt.encode())
+    """Print the prompt and the model's continuation, sampled byte by byte with step()."""
+    tokens = list(b"\n" + os.fsencode(prompt))  # it may be no UTF-8
     logits, states = model(torch.tensor([tokens]))
     logits, start = logits[:, -1], time.perf_counter()
     for _ in range(count):
@@ -90,7 +91,7 @@ def write(model: MambaLM, prompt: str, count: int = 500, temperature: float = 0.
 
 @dataclass
 class Run:
-    """All that it takes to go on with the bits of a run that never stopped."""
+    """What a resumed run needs to give the bits of one that never stopped."""
 
     model: MambaLM
     optimizer: torch.optim.Adam
@@ -111,11 +112,15 @@ class Run:
         for name, parameter in self.model.named_parameters():
             tensors |= {f"{k}/{name}": t for k, t in self.optimizer.state[parameter].items()}
         kept = {k: v for k, v in vars(self).items() if k not in ("model", "optimizer")}
-        save_file(tensors, partial := path.with_suffix(".partial"), {"run": json.dumps(kept)})
+        partial = path.with_suffix(".partial")
+        try:
+            save_file(tensors, partial, {"run": json.dumps(kept)})
+        except SafetensorError as error:
+            fail(f"Cannot write {partial}: {error}.")
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from `path`, if it is a whole checkpoint of the same settings."""
+        """Resume from `path`, if it is a whole checkpoint of the same settings."""
         try:
             with safe_open(path, "pt") as file:
                 kept = json.loads((file.metadata() or {})["run"])
@@ -129,8 +134,9 @@ class Run:
                         self.optimizer.state[parameter][moment] = tensor
             for key in ("seconds", "losses", "held_out"):
                 setattr(self, key, kept[key])
-        except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
-            fail(f"{path} is missing or not a whole checkpoint: {str(error).splitlines()[0]}.")
+        except Exception as error:  # a file may hold anything
+            reason = str(error).partition("\n")[0]
+            fail(f"{path} is missing or not a whole checkpoint: {reason}.")
 
     def train(self, text: Tensor, sample: Tensor, path: Path) -> None:
         """Spend the budget, with a checkpoint in `path`; Ctrl-C leaves one too, and exits."""
@@ -162,12 +168,12 @@ class Run:
         if stop:
             fail(f"Stopped at step {len(self.losses)}; --resume goes on from {path}.", 130)
 
-    def plot(self, rivals: dict[str, float], path: Path) -> None:
+    def plot(self, baselines: dict[str, float], path: Path) -> None:
         """Draw bits per byte against the step, those of the compressors as lines."""
         axes = (figure := Figure(layout="constrained")).subplots()
         axes.plot([loss / math.log(2) for loss in self.losses], color="lightgrey", label="training")
         axes.plot(*zip(*self.held_out, strict=True), marker="o", label="held out")
-        for style, (name, bits) in zip(("--", ":"), rivals.items(), strict=True):
+        for style, (name, bits) in zip(("--", ":"), baselines.items(), strict=True):
             axes.axhline(bits, linestyle=style, label=name)
         axes.set(xlabel="step", ylabel="bits per byte", ylim=(1, 4))
         axes.legend()
@@ -177,20 +183,23 @@ class Run:
 def main(
     data: Annotated[Path | None, typer.Option(help="Text file or folder.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Time to train for.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.01, max=1e6, help="Time to train for.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train instead.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint.")] = False,
-    prompt: Annotated[str, typer.Option(help="What the written text starts with.")] = "def ",
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint.")] = False,
+    prompt: Annotated[str, typer.Option(help="What the generated text starts with.")] = "def ",
     d_model: Annotated[int, typer.Option(min=1)] = 128,
     layers: Annotated[int, typer.Option(min=1)] = 4,
 ) -> None:
-    """Train a byte-level Mamba language model on text, compare it with gzip, let it write."""
+    """Train a byte-level Mamba language model on text, compare it with gzip, generate text."""
     text, held_out = read_text(data)
     torch.manual_seed(SEED)
     model = MambaLM(256, d_model, layers)
     settings = {"d_model": d_model, "layers": layers, "text crc32": crc32(text.numpy().tobytes())}
     run = Run(model, torch.optim.Adam(model.parameters(), fused=True), settings, minutes, steps)
-    checkpoint = output / "checkpoint.safetensors"
+    checkpoint, curves = output / "checkpoint.safetensors", output / "curves.png"
+    for path in (checkpoint, curves, checkpoint.with_suffix(".partial")):
+        if path.is_dir():  # found now rather than after the training
+            fail(f"Cannot use {path}: Is a directory.")
     if resume:
         run.load(checkpoint)
     output.mkdir(parents=True, exist_ok=True)
@@ -199,7 +208,7 @@ def main(
     raw = held_out.numpy().tobytes()
     packed = {"gzip -9": gzip.compress(raw, 9), "xz -9": lzma.compress(raw, preset=9)}
     bits = {name: 8 * len(data) / len(raw) for name, data in packed.items()}
-    run.plot(bits, output / "curves.png")
+    run.plot(bits, curves)
     bits["this model"] = bits_per_byte(model, held_out)
     print("Held-out bits per byte:", ", ".join(f"{name} {cost:.3f}" for name, cost in bits.items()))
     write(model, prompt)

@@ -6,17 +6,30 @@ from __future__ import annotations
 import inspect
 import itertools
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compare import assert_float64_equal
 from compare import results as gradients
-from mambablock import MambaBlock
+from mamba_ssm_definitions import (
+    BATCH,
+    DIM,
+    LENGTH,
+    SHAPES,
+    STATES,
+    assert_same,
+    inner_arguments,
+    inner_definition,
+    make_mamba,
+    random,
+    scan_definition,
+    scan_inputs,
+    update_definition,
+    update_inputs,
+)
 from mambablock.compat.mamba_ssm import (
     Mamba,
     mamba_inner_fn,
@@ -25,71 +38,6 @@ from mambablock.compat.mamba_ssm import (
 )
 
 pytestmark = pytest.mark.usefixtures("device")
-
-# Sums of some dozen float64 terms in another order.
-assert_same = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
-
-BATCH, DIM, LENGTH, STATES = 2, 4, 7, 3
-
-
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def scan_definition(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The recurrence, step by step, with B and C as (batch, dim, dstate, seqlen)."""
-    batch, dim, length = u.shape
-    B, C = (
-        t[None, ..., None].expand(batch, -1, -1, length)
-        if t.dim() == 2
-        else (t[:, None] if t.dim() == 3 else t).repeat_interleave(
-            dim // (t.shape[1] if t.dim() == 4 else 1), dim=1
-        )
-        for t in (B, C)
-    )
-    dt = delta if delta_bias is None else delta + delta_bias[:, None]
-    dt = F.softplus(dt) if delta_softplus else dt
-    h = u.new_zeros(batch, dim, A.shape[1])
-    outputs = []
-    for t in range(length):
-        step = dt[..., t, None]
-        h = (step * A).exp() * h + step * u[..., t, None] * B[..., t]
-        outputs.append((h * C[..., t]).sum(-1))
-    y = torch.stack(outputs, dim=-1)
-    y = y if D is None else y + D[:, None] * u
-    return (y if z is None else y * F.silu(z)), h
-
-
-SHAPES = {
-    "constant": (DIM, STATES),
-    "varying": (BATCH, STATES, LENGTH),
-    "one group": (BATCH, 1, STATES, LENGTH),
-    "groups": (BATCH, 2, STATES, LENGTH),
-}
-
-
-def scan_inputs(B: str = "varying", C: str = "varying") -> dict[str, Tensor]:
-    return {
-        "u": random(BATCH, DIM, LENGTH),
-        "delta": random(BATCH, DIM, LENGTH),
-        "A": -torch.rand(DIM, STATES, dtype=torch.float64) - 0.1,
-        "B": random(*SHAPES[B]),
-        "C": random(*SHAPES[C]),
-        "D": random(DIM),
-        "z": random(BATCH, DIM, LENGTH),
-        "delta_bias": random(DIM),
-    }
-
 
 SIGNATURES = {
     selective_scan_fn: "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, "
@@ -175,58 +123,6 @@ def test_complex_A() -> None:
 # mamba_inner_fn
 
 
-def inner_arguments(block: MambaBlock) -> dict[str, Any]:
-    return {
-        "xz": random(BATCH, 2 * block.d_inner, LENGTH),
-        "conv1d_weight": block.conv1d.weight,
-        "conv1d_bias": block.conv1d.bias,
-        "x_proj_weight": block.x_proj.weight,
-        "delta_proj_weight": block.dt_proj.weight,
-        "out_proj_weight": block.out_proj.weight,
-        "out_proj_bias": block.out_proj.bias,
-        "A": -block.A_log.exp(),
-        "D": block.D,
-        "delta_bias": block.dt_proj.bias,
-    }
-
-
-def rms_norm(x: Tensor, weight: Tensor, dim: int) -> Tensor:
-    scaled = x * (x.square().mean(dim, keepdim=True) + 1e-6).rsqrt()
-    return scaled * weight.view(-1, *[1] * (x.dim() - 1 - dim))
-
-
-def inner_definition(
-    xz: Tensor, conv1d_weight: Tensor, conv1d_bias: Tensor, x_proj_weight: Tensor, **rest: Any
-) -> tuple[Tensor]:
-    x, z = xz.chunk(2, dim=1)
-    x = F.conv1d(F.pad(x, (3, 0)), conv1d_weight, conv1d_bias, groups=x.shape[1])
-    x = F.silu(x)
-    rank = rest["delta_proj_weight"].shape[1]
-    projected = x_proj_weight @ x
-    delta = rest["delta_proj_weight"] @ projected[:, :rank]
-    B = rest.get("B", projected[:, rank : rank + STATES])
-    C = rest.get("C", projected[:, -STATES:])
-    if "B_proj_bias" in rest:
-        B, C = B + rest["B_proj_bias"][:, None], C + rest["C_proj_bias"][:, None]
-    if "b_rms_weight" in rest:
-        B = rms_norm(B, rest["b_rms_weight"], B.dim() - 2 if B.dim() > 2 else 1)
-        C = rms_norm(C, rest["c_rms_weight"], 1)
-        delta = rms_norm(delta, rest["dt_rms_weight"], 1)
-    y, _ = scan_definition(
-        x, delta, rest["A"], B, C, rest["D"], z, rest["delta_bias"], delta_softplus=True
-    )
-    return (F.linear(y.transpose(1, 2), rest["out_proj_weight"], rest["out_proj_bias"]),)
-
-
-def make_mamba(**options: Any) -> Mamba:
-    torch.manual_seed(0)
-    block = Mamba(8, d_state=STATES, bias=True, **{"dtype": torch.float64} | options)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return block
-
-
 @pytest.mark.parametrize("checkpoint_lvl", [0, 1])
 @pytest.mark.parametrize("kind", ["plain", "proj_bias", "rms", "given B", "constant B"])
 def test_inner_is_the_definition(kind: str, checkpoint_lvl: int) -> None:
@@ -286,42 +182,6 @@ def test_inner_checkpoint_lvl() -> None:
 
 
 # selective_state_update
-
-
-def update_inputs(heads: bool = False) -> dict[str, Tensor]:
-    dim = (2, DIM) if heads else (DIM,)
-    return {
-        "state": random(BATCH, *dim, STATES),
-        "x": random(BATCH, *dim),
-        "dt": random(BATCH, *dim),
-        "A": -torch.rand(*dim, STATES, dtype=torch.float64),
-        "B": random(BATCH, *([2] if heads else []), STATES),
-        "C": random(BATCH, *([2] if heads else []), STATES),
-        "D": random(*dim),
-        "z": random(BATCH, *dim),
-        "dt_bias": random(*dim),
-    }
-
-
-def update_definition(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """y and the state after the step; B and C have a group per head."""
-    dt = dt if dt_bias is None else dt + dt_bias
-    dt = F.softplus(dt) if dt_softplus else dt
-    state = (dt[..., None] * A).exp() * state + (dt * x)[..., None] * B[..., None, :]
-    y = (state * C[..., None, :]).sum(-1)
-    y = y if D is None else y + D * x
-    return (y if z is None else y * F.silu(z)), state
 
 
 @pytest.mark.parametrize("heads", [False, True])
@@ -404,73 +264,3 @@ def test_softplus_in_decode_is_that_of_prefill() -> None:
     assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     assert_close(torch.stack(steps, dim=-1), y)
     assert_close(state, last_state)
-
-
-# Mamba
-
-
-def test_mamba_is_the_block() -> None:
-    block = make_mamba()
-    plain = MambaBlock(8, d_state=STATES, bias=True, dtype=torch.float64)
-    plain.load_state_dict(block.state_dict(), strict=True)
-    hidden = random(BATCH, LENGTH, 8)
-    assert torch.equal(block(hidden), plain(hidden))
-    xz = F.linear(hidden, block.in_proj.weight, block.in_proj.bias).transpose(1, 2)
-    assert_same(block(hidden), mamba_inner_fn(**inner_arguments(block) | {"xz": xz}))
-    assert (block.expand, block.use_fast_path) == (2, True)
-
-
-def test_mamba_allocates() -> None:
-    block = Mamba(8, 5, 3, dtype=torch.bfloat16)
-    conv_state, ssm_state = block.allocate_inference_cache(3, 100)
-    assert (conv_state.shape, ssm_state.shape) == ((3, 16, 3), (3, 16, 5))
-    assert {conv_state.dtype, ssm_state.dtype} == {torch.bfloat16}
-    states = block.allocate_inference_cache(3, 100, dtype=torch.float32, unused=1)
-    assert {state.dtype for state in states} == {torch.float32}
-    assert not any(state.any() for state in (conv_state, ssm_state, *states))
-
-
-@pytest.mark.parametrize("prompt", [1, 2, 5])
-def test_mamba_inference(prompt: int) -> None:
-    block = make_mamba(layer_idx=3)
-    hidden = random(BATCH, LENGTH, 8)
-    params = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
-    with torch.no_grad():
-        outputs = [block(hidden[:, :prompt], params)]
-        conv_state, ssm_state = params.key_value_memory_dict[3]
-        assert conv_state.shape == (BATCH, 16, 4)
-        for t in range(prompt, LENGTH):
-            params.seqlen_offset = t
-            outputs.append(block(hidden[:, t : t + 1], inference_params=params))
-        assert params.key_value_memory_dict[3][0] is conv_state
-        assert_same(torch.cat(outputs, dim=1), block(hidden))
-
-        states = block.allocate_inference_cache(BATCH, LENGTH)
-        for t in range(LENGTH):
-            y, *after = block.step(hidden[:, t : t + 1], *states)
-            assert_same(y[:, 0], block(hidden)[:, t])
-            assert all(a is b for a, b in zip(after, states, strict=True))
-        assert_same(states[1], ssm_state)
-        assert_same(states[0][..., 1:], conv_state[..., 1:])
-
-
-def test_mamba_in_bfloat16() -> None:
-    block, hidden = make_mamba(dtype=torch.bfloat16), random(BATCH, LENGTH, 8).bfloat16()
-    states = block.allocate_inference_cache(BATCH, LENGTH)
-    with torch.no_grad():
-        steps = torch.cat(
-            [block.step(hidden[:, t : t + 1], *states)[0] for t in range(LENGTH)], dim=1
-        )
-        whole = block(hidden)
-    assert steps.dtype is torch.bfloat16
-    # The states are rounded to bfloat16 after each step.
-    torch.testing.assert_close(steps, whole, rtol=0, atol=0.03 * whole.abs().max().item())
-
-
-def test_mamba_bad_calls() -> None:
-    block = make_mamba()
-    with pytest.raises(ValueError, match=r"must be \(batch, 1, d_model\); got \(2, 7, 8\)"):
-        block.step(random(BATCH, LENGTH, 8), *block.allocate_inference_cache(BATCH, 1))
-    params = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
-    with pytest.raises(ValueError, match="layer_idx must be given for inference_params"):
-        block(random(BATCH, LENGTH, 8), params)

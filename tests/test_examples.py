@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training example: its figures, its checkpoints, and one sentence for what it cannot use."""
+"""The examples: figures, checkpoints, and one sentence for what they cannot use."""
 
 import importlib
 import json
 import math
+import os
 import runpy
 import signal
 import subprocess
@@ -20,8 +21,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 pytest.importorskip("typer")
-from safetensors import safe_open
+import typer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPT = EXAMPLES / "train_language_model.py"
@@ -136,8 +139,9 @@ def test_finished_run_resumes_with_a_larger_budget(command: Command, text: Path)
     assert [step for step, _ in record["held_out"]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_failed_save_keeps_the_checkpoint_before(
-    command: Command, text: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, text: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     command("--steps", 2)
     checkpoint = text.parent / "run" / "checkpoint.safetensors"
@@ -145,13 +149,15 @@ def test_failed_save_keeps_the_checkpoint_before(
 
     def full(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
+        message = "No space left on device"
+        raise OSError(28, message, str(path)) if error is OSError else error(message)
 
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", full)
         status, _, err = command("--steps", 3)
     assert status == 2
     assert "No space left on device" in err
+    assert "Traceback" not in err
     assert checkpoint.read_bytes() == before
 
 
@@ -197,7 +203,77 @@ def test_output_that_cannot_be_written(command: Command, tmp_path: Path, output:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "cut", "noise", "foreign", "incomplete"])
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "checkpoint.partial", "curves.png"])
+@pytest.mark.parametrize("resume", [(), ("--resume",)])
+def test_folder_in_the_place_of_a_result(
+    command: Command, tmp_path: Path, name: str, resume: tuple[str, ...]
+) -> None:
+    command("--steps", 1)
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = command("--steps", 2, *resume)
+    assert (status, out, err) == (2, "", f"Cannot use {path}: Is a directory.\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(("--minutes", value) for value in ("inf", "nan", "-1", "0", "soon")),
+        *(("--steps", value) for value in (0, -1, 2.5)),
+        *(("--d-model", value) for value in (0, -16, 8.5, "wide")),
+        *(("--layers", value) for value in (0, -1)),
+        ("--width", 3),
+    ],
+)
+def test_bad_options(command: Command, tmp_path: Path, arguments: tuple[object, ...]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "")
+    assert str(arguments[0]) in err
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_prompt_may_be_no_text(command: Command) -> None:
+    status, out, _ = command("--steps", 1, "--prompt", os.fsdecode(b"\xff\xfe"))
+    assert status == 0
+    assert "\ufffd\ufffd" in out
+
+
+@pytest.mark.parametrize("option", ["--layers", "--width", "--batch", "--prompt", "--tokens"])
+@pytest.mark.parametrize("value", ["-1", "0", "1.5", "many"])
+def test_bad_options_of_hugging_face(option: str, value: str) -> None:
+    pytest.importorskip("transformers")
+    main = runpy.run_path(str(EXAMPLES / "hugging_face.py"))["main"]
+    app = typer.Typer()
+    app.command()(main)
+    done = CliRunner().invoke(app, [option, value])
+    assert done.exit_code == 2
+    assert option in done.output
+
+
+@pytest.mark.parametrize("arguments", [[], ["missing"], ["text.txt"], [".", "."]])
+def test_export_to_what_is_no_folder(
+    text: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = str(EXAMPLES / "cpp" / "export.py")
+    monkeypatch.chdir(text.parent)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(script, run_name="__main__")
+    expected = f"FOLDER must be one folder that exists; got {arguments}.\n"
+    assert capsys.readouterr() == ("", expected)
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "cut", "noise", "foreign", "incomplete", "number"]
+)
 def test_checkpoint_that_is_not_whole(command: Command, text: Path, kind: str) -> None:
     command("--steps", 1)
     checkpoint = text.parent / "run" / "checkpoint.safetensors"
@@ -208,6 +284,8 @@ def test_checkpoint_that_is_not_whole(command: Command, text: Path, kind: str) -
         checkpoint.unlink()
     elif kind == "foreign":
         save_file({"weight": torch.zeros(3)}, checkpoint)
+    elif kind == "number":
+        save_file({"weight": torch.zeros(3)}, checkpoint, {"run": "5"})
     elif kind == "incomplete":
         save_file({"weight": torch.zeros(3)}, checkpoint, metadata)
     else:

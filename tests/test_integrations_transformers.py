@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
@@ -279,9 +280,27 @@ def test_patched_leaves_the_model_as_it_was() -> None:
 def test_a_model_without_mixers() -> None:
     with pytest.raises(ValueError, match=r"^patch: model must hold a Mamba-1 mixer .*got Linear"):
         patch(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="got Linear"), patched(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match=r"^patched: .*got Linear"), patched(nn.Linear(2, 2)):
         pass
     assert isinstance(unpatch(nn.Linear(2, 2)), nn.Linear)
+
+
+@pytest.mark.parametrize("function", [patch, unpatch, patched])
+@pytest.mark.parametrize(
+    ("bad", "got"),
+    [
+        (None, "None"),
+        ("state-spaces/mamba-130m-hf", "'state-spaces/mamba-130m-hf'"),
+        (transformers.MambaConfig(), "MambaConfig"),
+        (transformers.MambaForCausalLM, "type"),
+        ([nn.Linear(2, 2)], "list of 1"),
+    ],
+    ids=["None", "name", "config", "class", "list"],
+)
+def test_what_is_no_module(function: Any, bad: Any, got: str) -> None:
+    message = f"^{function.__name__}: model must be an nn.Module; got {got}"
+    with pytest.raises(TypeError, match=message), contextlib.ExitStack() as stack:
+        stack.enter_context(function(bad))
 
 
 def test_an_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class Decode(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
-        """x (batch, d_model) to y; the state moves on in place."""
+        """x (batch, d_model) to y; the state advances in place."""
         return self.block.step(x, MambaState(conv, ssm))
 
 
@@ -66,4 +66,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
+        print(f"FOLDER must be one folder that exists; got {sys.argv[1:]}.", file=sys.stderr)
+        sys.exit(2)
     main(Path(sys.argv[1]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the block and others' mixers, put on the operators, share."""
+"""What MambaBlock and the patched mixers of other libraries share."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def in_scan_dtype(parameter: Tensor) -> Tensor:
 
 def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
     """delta, and dt_proj's bias if the scan is still to add it."""
-    if _is_plain_linear(dt_proj) and dt_proj.bias is not None:
+    if _is_plain_linear(dt_proj) and (bias := dt_proj.bias) is not None:
         # The scan adds the bias in float32, where a bfloat16 sum would lose most of it.
-        return F.linear(dt, dt_proj.weight), in_scan_dtype(dt_proj.bias)
+        return F.linear(dt, dt_proj.weight), in_scan_dtype(bias)
     return dt_proj(dt), None
 
 
 def recomputed_but_scan(function: Callable[..., Result], *args: Tensor | None) -> Result:
-    """function(*args), of which the backward computes anew all but the scan, keeping only args."""
+    """function(*args), recomputed in the backward but for the scan; only args are saved."""
     kept = [torch.ops.mambablock.selective_scan.default]
     result: Result = checkpoint(
         function,

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import _checks as check
+from ._block_checks import check_sequences, check_step
 from ._layers import in_scan_dtype, project_delta, recomputed_but_scan
 from ._library import accumulator_dtype
 from .causal_conv1d import causal_conv1d
@@ -51,15 +53,18 @@ class MambaBlock(nn.Module):
         dt_init_floor: least starting value of softplus(dt_proj.bias).
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have one.
-        recompute: for training, keep neither the convolution's output nor delta for the backward,
-            which computes them anew from in_proj's output; the scan itself is not run again.
+        recompute: for training, save neither the convolution's output nor delta for the backward,
+            which recomputes them from in_proj's output; the scan itself is not run again.
         layer_idx: the block's place in a model, for the caller's own use.
         device, dtype: of the parameters; A_log and D are float32 (float64 for float64) whatever
             dtype is.
 
     Raises:
-        ValueError: a size, dt_min, dt_max or dt_init_floor is not positive, dt_max is less than
-            dt_min, or dt_rank or dt_init is an unknown word.
+        TypeError: a size or layer_idx is not an integer, expand or a dt_ value not a number, a flag
+            not a bool.
+        ValueError: a number is not positive and finite (dt_scale may be 0), dt_max is less than
+            dt_min, dt_rank or dt_init is an unknown word, or dtype is not one of float32, bfloat16,
+            float16 and float64.
     """
 
     op_type = "MambaBlock"
@@ -86,21 +91,29 @@ class MambaBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _require_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
-        _require_positive(dt_min=dt_min, dt_max=dt_max, dt_init_floor=dt_init_floor)
+        owner = type(self).__name__
+        check.integers(owner, d_model=d_model, d_state=d_state, d_conv=d_conv)
+        check.numbers(owner, expand=expand, dt_min=dt_min, dt_max=dt_max)
+        check.numbers(owner, dt_scale=dt_scale, dt_init_floor=dt_init_floor)
+        check.positive(owner, d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
+        check.positive(owner, dt_min=dt_min, dt_max=dt_max, dt_init_floor=dt_init_floor)
+        check.not_negative(owner, dt_scale=dt_scale)
+        check.flags(owner, conv_bias=conv_bias, bias=bias, recompute=recompute)
+        check.dtype(owner, dtype)
         if dt_max < dt_min:
-            raise ValueError(f"MambaBlock: dt_max must be at least dt_min={dt_min}; got {dt_max}")
+            raise ValueError(f"{owner}: dt_max must be at least dt_min={dt_min}; got {dt_max}")
         if dt_init not in ("random", "constant"):
-            raise ValueError(f"MambaBlock: dt_init must be 'random' or 'constant'; got {dt_init!r}")
-        if isinstance(dt_rank, str):
-            if dt_rank != "auto":
-                raise ValueError(
-                    f"MambaBlock: dt_rank must be 'auto' or an integer; got {dt_rank!r}"
-                )
+            raise ValueError(f"{owner}: dt_init must be 'random' or 'constant'; got {dt_init!r}")
+        if dt_rank == "auto":
             dt_rank = math.ceil(d_model / 16)
+        elif isinstance(dt_rank, str):
+            raise ValueError(f"{owner}: dt_rank must be 'auto' or an integer; got {dt_rank!r}")
         if d_inner is None:
             d_inner = int(expand * d_model)
-        _require_positive(dt_rank=dt_rank, d_inner=d_inner)
+        check.integers(owner, dt_rank=dt_rank, d_inner=d_inner)
+        check.positive(owner, dt_rank=dt_rank, d_inner=d_inner)
+        if layer_idx is not None:
+            check.integers(owner, layer_idx=layer_idx)
 
         self.d_model = d_model
         self.d_state = d_state
@@ -132,7 +145,7 @@ class MambaBlock(nn.Module):
         self._reset_scan_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all initial values anew, as after meta-device construction and to_empty()."""
+        """Draw all initial values again, as after construction on meta and to_empty()."""
         for layer in (self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj):
             layer.reset_parameters()
         self._reset_scan_parameters()
@@ -177,7 +190,8 @@ class MambaBlock(nn.Module):
 
         Args:
             hidden_states: (batch, length, d_model), of the parameters' type.
-            state: what an earlier piece returned; left as it is. None is a state of zeros.
+            state: what an earlier piece returned, or any pair (conv, ssm) like it; left as it is.
+                None is a state of zeros.
             attention_mask: (batch, length), bool or integer, nonzero where a token is real. Each
                 row gives what its real tokens would give alone, wherever the padding lies; outputs
                 at padding are 0.
@@ -190,14 +204,16 @@ class MambaBlock(nn.Module):
             y (batch, length, d_model), or (y, MambaState). Gradients flow through both states.
 
         Raises:
-            ValueError: hidden_states, state or attention_mask has the wrong shape or type, or
-                attention_mask and cu_seqlens are given together.
+            TypeError: an argument is not a tensor, or state not a pair of tensors.
+            ValueError: an argument has a wrong shape, dtype or device, or attention_mask and
+                cu_seqlens are given together.
+            RuntimeError: cu_seqlens is not what :func:`mambablock.selective_scan` takes.
         """
-        self._check_forward(hidden_states, state, attention_mask, cu_seqlens)
+        check_sequences(self, hidden_states, state, attention_mask, cu_seqlens)
         conv_state, ssm_state = (None, None) if state is None else state
         padding = None
         if attention_mask is not None:
-            # Real tokens first, in their order: then padding comes after all that it could touch.
+            # Real tokens first, in order: then padding comes after all that it could affect.
             masked = attention_mask == 0
             order = masked.to(torch.uint8).argsort(dim=1, stable=True)
             padding = masked.gather(1, order)[..., None]
@@ -258,7 +274,7 @@ class MambaBlock(nn.Module):
 
     @torch.no_grad()
     def step(self, hidden_states: Tensor, state: MambaState) -> Tensor:
-        """One time step of forward, for inference: no gradients, and state rolled in place.
+        """One time step of forward, for inference: no gradients, the state advanced in place.
 
         Args:
             hidden_states: (batch, d_model), of the parameters' type.
@@ -268,14 +284,11 @@ class MambaBlock(nn.Module):
             y (batch, d_model).
 
         Raises:
-            ValueError: hidden_states or state has the wrong shape.
+            TypeError: hidden_states is not a tensor, or state not a pair of tensors.
+            ValueError: hidden_states or state has a wrong shape, dtype or device; the state is then
+                as it was.
         """
-        if hidden_states.dim() != 2 or hidden_states.shape[1] != self.d_model:
-            raise ValueError(
-                f"MambaBlock: step's hidden_states must be (batch, d_model={self.d_model}); "
-                f"got {tuple(hidden_states.shape)}"
-            )
-        self._check_state(state, hidden_states.shape[0])
+        check_step(self, hidden_states, state)
         conv_state, ssm_state = state
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         conv = self.conv1d
@@ -306,10 +319,18 @@ class MambaBlock(nn.Module):
 
         Args:
             batch: number of rows (of packed sequences, with cu_seqlens).
-            device: where; the parameters' by default.
-            dtype: the activations' type, the parameters' by default. The state is float32, and
-                float64 for float64.
+            device: the parameters' by default.
+            dtype: the activations' type, the parameters' by default. The state is float32 (float64
+                for float64).
+
+        Raises:
+            TypeError: batch is not an integer.
+            ValueError: batch is negative, or dtype none of the four floating types.
         """
+        owner = type(self).__name__
+        check.integers(owner, batch=batch)
+        check.not_negative(owner, batch=batch)
+        check.dtype(owner, dtype)
         device = device or self.A_log.device
         dtype = accumulator_dtype(dtype or self.A_log.dtype)
         return MambaState(
@@ -319,13 +340,15 @@ class MambaBlock(nn.Module):
 
     @property
     def name(self) -> str:
-        """The block's name: any text but an empty one."""
+        """The block's name, any str but the empty one (ValueError; TypeError if it is no str)."""
         return self._name
 
     @name.setter
     def name(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"{type(self).__name__}: name must be a str; got {check.got(name)}")
         if not name:
-            raise ValueError("MambaBlock: name must not be empty")
+            raise ValueError(f"{type(self).__name__}: name must not be empty; got ''")
         self._name = name
 
     @property
@@ -367,51 +390,6 @@ class MambaBlock(nn.Module):
         real_steps = (~padding).sum(1)
         last = real_steps + torch.arange(width, device=inputs.device)
         return _take_steps(torch.cat([conv_state, inputs.to(conv_state.dtype)], dim=1), last)
-
-    def _check_forward(
-        self,
-        hidden_states: Tensor,
-        state: MambaState | None,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> None:
-        if hidden_states.dim() != 3 or hidden_states.shape[2] != self.d_model:
-            raise ValueError(
-                "MambaBlock: hidden_states must be (batch, length, "
-                f"d_model={self.d_model}); got {tuple(hidden_states.shape)}"
-            )
-        batch, length, _ = hidden_states.shape
-        if attention_mask is not None:
-            if cu_seqlens is not None:
-                raise ValueError(
-                    "MambaBlock: attention_mask and cu_seqlens must not be given together; "
-                    "packed sequences have no padding"
-                )
-            _require_shape("attention_mask", attention_mask, batch=batch, length=length)
-            if attention_mask.is_floating_point():
-                raise ValueError(
-                    "MambaBlock: attention_mask must be bool or integer; "
-                    f"got {attention_mask.dtype}"
-                )
-        if state is not None:
-            self._check_state(state, batch if cu_seqlens is None else cu_seqlens.numel() - 1)
-
-    def _check_state(self, state: MambaState, rows: int) -> None:
-        conv, ssm = state
-        _require_shape("state.conv", conv, batch=rows, inputs=self.d_conv - 1, d_inner=self.d_inner)
-        _require_shape("state.ssm", ssm, batch=rows, d_inner=self.d_inner, d_state=self.d_state)
-
-
-def _require_shape(argument: str, tensor: Tensor, **sizes: int) -> None:
-    if tensor.shape != tuple(sizes.values()):
-        expected = ", ".join(f"{name}={size}" for name, size in sizes.items())
-        raise ValueError(f"MambaBlock: {argument} must be ({expected}); got {tuple(tensor.shape)}")
-
-
-def _require_positive(**arguments: float) -> None:
-    for name, value in arguments.items():
-        if not value > 0:
-            raise ValueError(f"MambaBlock: {name} must be positive; got {value}")
 
 
 def _take_steps(sequences: Tensor, steps: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ for suffix, memory, gated in (
     y, state, saved = ops.selective_scan(*arguments, gated, False, True)
     mark("backward" + suffix)
     ops.selective_scan_backward(
-        memory(dy), torch.empty_like(state), *arguments, saved, gated, False
+        memory(dy), torch.empty_like(state), saved, *arguments, gated, False
     )
 """
 

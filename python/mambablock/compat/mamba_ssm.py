@@ -13,16 +13,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _checks as check
 from .._layers import in_scan_dtype, recomputed_but_scan
-from ..block import MambaBlock
 from ..causal_conv1d import causal_conv1d
 from ..selective_scan import selective_scan
 from ..selective_state_update import selective_state_update as _update
-from .causal_conv1d import causal_conv1d_update
+from ._explain import Forms, explained
+from .mamba_simple import Mamba
 
 __all__ = ["Mamba", "mamba_inner_fn", "selective_scan_fn", "selective_state_update"]
 
+_per_time = ("dim, dstate", "batch, dstate, seqlen", "batch, groups, dstate, seqlen")
+_scan_forms: Forms = {
+    "A": "dim, dstate",
+    "u": "batch, dim, seqlen",
+    "delta": "batch, dim, seqlen",
+    "B": _per_time,
+    "C": _per_time,
+    "D": "dim",
+    "z": "batch, dim, seqlen",
+    "delta_bias": "dim",
+}
+_inner_forms: Forms = {
+    "conv1d_weight": "dim, 1, width",
+    "conv1d_bias": "dim",
+    "xz": "batch, 2 * dim, seqlen",
+    "delta_proj_weight": "dim, dt_rank",
+    "x_proj_weight": "rows, dim",
+    "out_proj_weight": "d_model, dim",
+    "out_proj_bias": "d_model",
+    **_scan_forms,
+    "B_proj_bias": "dstate",
+    "C_proj_bias": "dstate",
+    "b_rms_weight": "dstate",
+    "c_rms_weight": "dstate",
+    "dt_rms_weight": "dim",
+}
 
+
+def _update_forms(state: Any, A: Any, state_batch_indices: Any = None, **_: Any) -> Forms:
+    heads = getattr(state, "ndim", 3) == 4 or getattr(A, "ndim", 2) == 3
+    channels = "heads, dim" if heads else "dim"
+    rows = "batch" if state_batch_indices is None else "rows"
+    return {
+        "A": f"{channels}, dstate",
+        "x": f"batch, {channels}",
+        "dt": f"batch, {channels}",
+        "state": f"{rows}, {channels}, dstate",
+        "B": ("batch, dstate", "batch, groups, dstate"),
+        "C": ("batch, dstate", "batch, groups, dstate"),
+        "D": channels,
+        "z": f"batch, {channels}",
+        "dt_bias": channels,
+        "state_batch_indices": "batch",
+    }
+
+
+@explained(_scan_forms)
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -54,13 +101,17 @@ def selective_scan_fn(
 
     Raises:
         NotImplementedError: A is complex.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device.
         RuntimeError: as from :func:`mambablock.selective_scan`.
     """
+    check.floating("selective_scan_fn", "u", u)
     _forbid_complex("selective_scan_fn", A)
     y, last_state = _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return (y, last_state) if return_last_state else y
 
 
+@explained(_inner_forms, x="xz", weight="conv1d_weight", bias="conv1d_bias")
 def mamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -83,7 +134,7 @@ def mamba_inner_fn(
     dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
-    """A whole Mamba block behind its input projection.
+    """The Mamba block after its input projection.
 
     Args:
         xz: (batch, 2 * dim, seqlen), x first.
@@ -93,10 +144,10 @@ def mamba_inner_fn(
         delta_proj_weight: (dim, dt_rank).
         out_proj_weight: (d_model, dim).
         out_proj_bias: (d_model).
-        A, B, C, D, delta_bias, delta_softplus: as in selective_scan_fn; B or C absent comes from
-            x_proj.
+        A, B, C, D, delta_bias, delta_softplus: as in selective_scan_fn; B or C, if absent, comes
+            from x_proj.
         B_proj_bias, C_proj_bias: (dstate), added to a B or C from x_proj.
-        checkpoint_lvl: 1 computes the convolution and delta anew in the backward, 0 keeps them.
+        checkpoint_lvl: 1 recomputes the convolution and delta in the backward, 0 saves them.
         b_rms_weight, c_rms_weight: (dstate), of an RMS norm of B and C.
         dt_rms_weight: (dim), of an RMS norm of delta, before its bias.
         b_c_dt_rms_eps: these norms' epsilon.
@@ -106,13 +157,22 @@ def mamba_inner_fn(
 
     Raises:
         NotImplementedError: A is complex.
-        ValueError: another checkpoint_lvl.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device, or another checkpoint_lvl.
         RuntimeError: as from :func:`mambablock.selective_scan`.
     """
-    _forbid_complex("mamba_inner_fn", A)
+    owner = "mamba_inner_fn"
+    _forbid_complex(owner, A)
     if checkpoint_lvl not in (0, 1):
-        raise ValueError(f"mamba_inner_fn: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl}")
+        raise ValueError(f"{owner}: checkpoint_lvl must be 0 or 1; got {checkpoint_lvl!r}")
     rank, state_size, eps = delta_proj_weight.shape[1], A.shape[1], b_c_dt_rms_eps
+    _check_projections(
+        xz,
+        [rank + i * state_size for i in range((B is None) + (C is None), 3)],
+        x_proj_weight=x_proj_weight,
+        delta_proj_weight=delta_proj_weight,
+        out_proj_weight=out_proj_weight,
+    )
 
     def inner(x: Tensor, z: Tensor) -> Tensor:
         x = causal_conv1d(x, conv1d_weight.squeeze(1), bias=conv1d_bias, silu=True)
@@ -141,6 +201,7 @@ def mamba_inner_fn(
     return F.linear(y, out_proj_weight, bias)
 
 
+@explained(_update_forms, indices=("state_batch_indices",), u="x", delta="dt", delta_bias="dt_bias")
 @torch.no_grad()
 def selective_state_update(
     state: Tensor,
@@ -155,7 +216,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """The scan's next step, moving the state on in place; not differentiable.
+    """The scan's next step, advancing the state in place; not differentiable.
 
     Args:
         state: (batch, dim, dstate), or (batch, heads, dim, dstate) where the other arguments' dim
@@ -173,14 +234,21 @@ def selective_state_update(
 
     Raises:
         NotImplementedError: A is complex.
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has a wrong shape, dtype or device; the state is then as it was.
         RuntimeError: as from :func:`mambablock.selective_state_update`.
     """
+    check.floating("selective_state_update", "x", x)
     _forbid_complex("selective_state_update", A)
     shape, out_dtype = x.shape, x.dtype
     gate = [] if z is None else [z]
     if state.dim() == 4:
-        rows, heads, dim, state_size = state.shape
-        state = state.view(rows, heads * dim, state_size)
+        heads = state.shape[1:3]
+        shapes = [t.shape[1:] for t in (x, dt, *gate)]
+        shapes += [t.shape[:2] for t in (A, D, dt_bias) if t is not None]
+        if any(shape != heads for shape in shapes):
+            raise ValueError("selective_state_update: all must have the heads and dim of state")
+        state = state.view(state.shape[0], -1, state.shape[3])
         x, dt, *gate = (t.flatten(1) for t in (x, dt, *gate))
         A = A.flatten(0, 1)
         D = None if D is None else D.flatten()
@@ -194,126 +262,13 @@ def selective_state_update(
         in_scan_dtype(A),
         B,
         C,
-        D=_widened(D),
+        D=_upcast(D),
         z=gate[0] if gate else None,
-        delta_bias=_widened(dt_bias),
+        delta_bias=_upcast(dt_bias),
         delta_softplus=dt_softplus,
         state_indices=state_batch_indices,
     )
     return y.view(shape).to(out_dtype)
-
-
-class Mamba(MambaBlock):
-    """mamba-ssm's Mamba module: MambaBlock with its constructor and its way of inference.
-
-    Arguments are MambaBlock's, in mamba-ssm's order; use_fast_path changes nothing.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
-        dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
-        use_fast_path: bool = True,
-        layer_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            d_model,
-            d_state,
-            d_conv,
-            expand,
-            dt_rank,
-            dt_min=dt_min,
-            dt_max=dt_max,
-            dt_init=dt_init,
-            dt_scale=dt_scale,
-            dt_init_floor=dt_init_floor,
-            conv_bias=conv_bias,
-            bias=bias,
-            layer_idx=layer_idx,
-            device=device,
-            dtype=dtype,
-        )
-        self.expand = expand
-        self.use_fast_path = use_fast_path
-
-    def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:  # type: ignore[override]
-        """(batch, seqlen, d_model) to the same.
-
-        inference_params, with seqlen_offset and the dict key_value_memory_dict, keeps the states
-        under layer_idx: at offset 0 they are set, and after it hidden_states is one step.
-        """
-        if inference_params is None:
-            y = super().forward(hidden_states)
-            assert isinstance(y, Tensor)
-            return y
-        states = self._states(inference_params, hidden_states.shape[0])
-        if inference_params.seqlen_offset > 0:
-            return self.step(hidden_states, *states)[0]
-        y, last = super().forward(hidden_states, return_state=True)
-        conv_state, ssm_state = states
-        # The state has room for one input more than the convolution looks back to.
-        conv_state.copy_(F.pad(last.conv.transpose(1, 2), (1, 0)))
-        ssm_state.copy_(last.ssm)
-        return y
-
-    def step(  # type: ignore[override]
-        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of (batch, 1, d_model); returns (y, conv_state, ssm_state), both updated.
-
-        Raises:
-            ValueError: hidden_states has another number of steps than one.
-        """
-        if hidden_states.shape[1] != 1:
-            raise ValueError(
-                "Mamba: step's hidden_states must be (batch, 1, d_model); "
-                f"got {tuple(hidden_states.shape)}"
-            )
-        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
-        x = causal_conv1d_update(
-            x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
-        )
-        dt, dt_bias, B, C = self._selection(x)
-        y = selective_state_update(
-            ssm_state, x, dt, self._A(), B, C, self.D, z=z, dt_bias=dt_bias, dt_softplus=True
-        )
-        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: Any
-    ) -> tuple[Tensor, Tensor]:
-        """States of zeros for sequences that start.
-
-        Returns:
-            conv_state (batch_size, d_inner, d_conv) and ssm_state (batch_size, d_inner, d_state),
-            of dtype or else of conv1d.weight's and dt_proj.weight's.
-        """
-        weight = self.conv1d.weight
-        shape = (batch_size, self.d_inner)
-        return (
-            weight.new_zeros(*shape, self.d_conv, dtype=dtype),
-            weight.new_zeros(*shape, self.d_state, dtype=dtype or self.dt_proj.weight.dtype),
-        )
-
-    def _states(self, inference_params: Any, batch: int) -> tuple[Tensor, Tensor]:
-        if self.layer_idx is None:
-            raise ValueError("Mamba: layer_idx must be given for inference_params; got None")
-        cache: dict[int, tuple[Tensor, Tensor]] = inference_params.key_value_memory_dict
-        if self.layer_idx not in cache:
-            cache[self.layer_idx] = self.allocate_inference_cache(batch, 0)
-        return cache[self.layer_idx]
 
 
 def _forbid_complex(function: str, A: Tensor) -> None:
@@ -321,18 +276,33 @@ def _forbid_complex(function: str, A: Tensor) -> None:
         raise NotImplementedError(f"{function}: A must be real; got {A.dtype}")
 
 
+def _check_projections(xz: Tensor, rows: list[int], **weights: Tensor) -> None:
+    """mamba_inner_fn's matrices; x_proj may have rows of a B or C that is given all the same."""
+    for name, weight in weights.items():
+        if weight.dim() != 2 or weight.device != xz.device:
+            expected = f"a matrix on {xz.device}"
+        elif weight.dtype != xz.dtype and not check.autocasts(xz.device.type):
+            expected = f"{xz.dtype} as xz"
+        elif name == "x_proj_weight" and weight.shape[0] not in rows:
+            expected = f"of {rows[0]} rows, for delta and each of B and C that is not given"
+        else:
+            continue
+        got = f"{tuple(weight.shape)} of {weight.dtype} on {weight.device}"
+        raise ValueError(f"mamba_inner_fn: {name} must be {expected}; got {got}")
+
+
 def _common_dtype(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
-def _widened(parameter: Tensor | None) -> Tensor | None:
+def _upcast(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else in_scan_dtype(parameter)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last dimension, in float32."""
-    wide = in_scan_dtype(x)
-    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
+    upcast = in_scan_dtype(x)
+    return F.rms_norm(upcast, weight.shape, weight.to(upcast.dtype), eps).to(x.dtype)
 
 
 def _scan(
@@ -349,26 +319,25 @@ def _scan(
     gate = [] if z is None else [z]
     dtype = _common_dtype(u, delta, B, C, *gate)
     inputs, dt, *gate = (t.transpose(1, 2).to(dtype) for t in (u, delta, *gate))
-    batch, length, _ = inputs.shape
-    per_time = (_channels_last(t.to(dtype), batch, length) for t in (B, C))
+    per_time = (_channels_last(t.to(dtype), inputs) for t in (B, C))
     y, last_state = selective_scan(
         inputs,
         dt,
         in_scan_dtype(A),
         *(_in_groups(t, u.shape[1]) if B.dim() != C.dim() else t for t in per_time),
-        D=_widened(D),
+        D=_upcast(D),
         z=gate[0] if gate else None,
-        delta_bias=_widened(delta_bias),
+        delta_bias=_upcast(delta_bias),
         delta_softplus=delta_softplus,
         return_final_state=True,
     )
     return y.transpose(1, 2).to(u.dtype), last_state
 
 
-def _channels_last(tensor: Tensor, batch: int, length: int) -> Tensor:
+def _channels_last(tensor: Tensor, inputs: Tensor) -> Tensor:
     """B or C as (batch, length, dstate) or (batch, length, groups, dstate)."""
     if tensor.dim() == 2:
-        return tensor.expand(batch, length, -1, -1)
+        return tensor.expand(*inputs.shape, -1)
     return tensor.transpose(1, 2) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
 
 

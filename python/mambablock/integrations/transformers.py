@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .._layers import in_scan_dtype, project_delta
 from ..causal_conv1d import causal_conv1d
 from ..selective_scan import selective_scan
@@ -52,14 +53,14 @@ class _OperatorForward:
         width = self.conv_kernel_size
         conv_state, ssm_state = _cached_states(cache, self.layer_idx)
         silu = self.activation in ("silu", "swish")
-        # accelerate brings offloaded weights when a layer is called, and this one is not.
+        # accelerate loads offloaded weights when a layer is called, and conv1d is not.
         conv_hook = getattr(self.conv1d, "_hf_hook", None)
         if conv_hook is not None:
             conv_hook.pre_forward(self.conv1d)
 
         inputs, z = self.in_proj(_masked(hidden_states, attention_mask)).chunk(2, dim=-1)
         if conv_state is not None:
-            # The cache keeps one input more than the convolution looks back to.
+            # The cache keeps one input more than the convolution needs.
             conv_state = conv_state[..., conv_state.shape[-1] - (width - 1) :].transpose(1, 2)
             # A copy, since the cache is overwritten below.
             conv_state = conv_state.to(in_scan_dtype(inputs).dtype, copy=True)
@@ -138,7 +139,7 @@ def patch(model: Model) -> Model:
     as it is.
 
     Differences from an unpatched model: the scan and its sums are float32 whatever the weights'
-    type; several tokens at once continue a cache's state, where transformers starts the scan anew;
+    type; several tokens at once continue a cache's state, where transformers restarts the scan;
     an adapter on dt_proj is applied, where transformers uses only its weight.
 
     Args:
@@ -148,24 +149,21 @@ def patch(model: Model) -> Model:
         The model itself.
 
     Raises:
+        TypeError: model is not an nn.Module.
         ValueError: there is no Mamba-1 mixer in it.
         ImportError: transformers' mixers or caches are not as this version knows them.
     """
-    _require_known_transformers()
-    mixers = _mixers(model, {*_patched_classes, *_original_classes})
-    if not mixers:
-        names = ", ".join(mixer.__name__ for mixer in _patched_classes)
-        raise ValueError(
-            f"patch: model must hold a Mamba-1 mixer ({names}); got {type(model).__name__}, which "
-            "has none"
-        )
-    _change_classes(mixers, _patched_classes)
+    _patch("patch", model)
     return model
 
 
 def unpatch(model: Model) -> Model:
-    """Undo patch, in place; a model that is not patched stays as it is. Returns the model."""
-    _change_classes(_mixers(model, _original_classes), _original_classes)
+    """Undo patch, in place; a model that is not patched stays as it is. Returns the model.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+    """
+    _change_classes(_mixers("unpatch", model, _original_classes), _original_classes)
     return model
 
 
@@ -175,15 +173,29 @@ def patched(model: Model) -> Iterator[Model]:
 
     Raises as :func:`patch` does.
     """
-    before = _mixers(model, _patched_classes)
-    patch(model)
+    before = _mixers("patched", model, _patched_classes)
+    _patch("patched", model)
     try:
         yield model
     finally:
         _change_classes(before, _original_classes)
 
 
-def _mixers(model: nn.Module, classes: Any) -> list[nn.Module]:
+def _patch(function: str, model: nn.Module) -> None:
+    mixers = _mixers(function, model, {*_patched_classes, *_original_classes})
+    _require_known_transformers(function)
+    if not mixers:
+        names = ", ".join(mixer.__name__ for mixer in _patched_classes)
+        raise ValueError(
+            f"{function}: model must hold a Mamba-1 mixer ({names}); got {type(model).__name__}, "
+            "which has none"
+        )
+    _change_classes(mixers, _patched_classes)
+
+
+def _mixers(function: str, model: nn.Module, classes: Any) -> list[nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module; got {check.got(model)}")
     return [module for module in model.modules() if type(module) in classes]
 
 
@@ -197,7 +209,7 @@ def _change_classes(
             mixer._old_forward = type(mixer).forward.__get__(mixer)
 
 
-def _require_known_transformers() -> None:
+def _require_known_transformers(function: str) -> None:
     # Before 5.16 the mixers had other forwards, and kept FalconMamba's norms elsewhere.
     unknown = [
         mixer.__name__
@@ -208,7 +220,9 @@ def _require_known_transformers() -> None:
     methods = ("has_previous_state", "update_conv_state", "update_recurrent_state")
     unknown += [f"Cache.{name}" for name in methods if not hasattr(Cache, name)]
     if unknown:
-        raise ImportError(f"patch: {_wanted}, whose {', '.join(unknown)} mambablock does not know")
+        raise ImportError(
+            f"{function}: {_wanted}, whose {', '.join(unknown)} mambablock does not know"
+        )
 
 
 def _cached_states(cache: Any, layer: int) -> tuple[Tensor | None, Tensor | None]:
