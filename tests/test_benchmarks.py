@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -24,11 +24,6 @@ from benchmarks import __main__ as command_line
 from benchmarks import cuda, implementations, measure, results, settings
 from benchmarks.__main__ import Device, Section, suites
 from benchmarks.correctness import WrongResultError
-from benchmarks.device import NotReadyError, require_packages
-from benchmarks.implementations import OURS, RECOMPUTING
-from benchmarks.memory import kept_for_backward
-from benchmarks.results import Results
-from benchmarks.scan import DEFAULT
 from typer.testing import CliRunner
 
 import mambablock
@@ -81,8 +76,6 @@ def run_suites(folder: Path) -> dict[str, Any]:
                 done = run("--device", device, "--quick", "--output", str(folder))
             errors = done.stderr or repr(done.exception)
             found[f"{kind} {device}"] = (done.exit_code, done.stdout, errors)
-    for name in (OURS, RECOMPUTING):
-        found[name] = measure.in_fresh_process(kept_for_backward, name, 256)
     return found
 
 
@@ -114,17 +107,6 @@ def test_every_section_is_reported(device: str, found: dict[str, Any]) -> None:
         assert all((found["folder"] / f"{name}.png").exists() for name in PLOTS[device])
 
 
-def test_plots_are_of_one_allocator(found: dict[str, Any], tmp_path: Path) -> None:
-    plots = pytest.importorskip("benchmarks.plots")
-    figures = json.loads((found["folder"] / "cpu.json").read_text())["figures"]
-    scans = [figure for figure in figures if figure["section"] == "scan"]
-    kept = [figure for figure in scans if figure["allocator"] != DEFAULT]
-    assert len(scans) - len(kept) == len(settings.QUICK.threads)
-    plots.save_plots("cpu", Results(kept), tmp_path, settings.QUICK)
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (found["folder"] / path.name).read_bytes()
-
-
 @pytest.mark.parametrize("section", ["rate", "memory"])
 def test_a_section_whose_process_dies_is_left_out(section: str, found: dict[str, Any]) -> None:
     _, output, _ = found["right cuda"]
@@ -136,16 +118,6 @@ def test_nothing_is_printed_while_results_are_wrong(device: str, found: dict[str
     status, output, errors = found[f"wrong {device}"]
     assert (status, output) == (1, "")
     assert "(torch.bfloat16), forward is wrong, so nothing is measured" in errors
-
-
-def test_memory_is_that_of_the_tensors(found: dict[str, Any]) -> None:
-    figures = json.loads((found["folder"] / "cpu.json").read_text())["figures"]
-    figures = [f for f in figures if (f["section"], f.get("pass")) == ("memory", "backward")]
-    peaks = {f["implementation"]: f["value"] for f in figures}
-    # Their pages are touched, so no peak can be below them.
-    assert peaks["its tensors"] <= peaks["selective_scan"] < 1.5 * peaks["its tensors"]
-    # The convolution's output and delta, each of d_inner float32 numbers a step.
-    assert found[OURS] - found[RECOMPUTING] > 0.9 * 2 * 4 * settings.D_INNER * 256
 
 
 @pytest.mark.parametrize("length", [SIZES.length, SIZES.steps, SIZES.longest])
@@ -190,40 +162,7 @@ def test_a_required_device_that_is_missing_is_a_failure() -> None:
     assert done.returncode == 1, done.stdout
 
 
-def test_missing_packages_are_named() -> None:
-    with pytest.raises(NotReadyError, match=r"lacks: absent_1, absent_2$"):
-        require_packages("absent_1", "torch", "absent_2")
-
-
 def test_a_ratio_is_that_within_rounds() -> None:
     timings = measure.Timings({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 2.0]})
     assert timings.seconds("a") == 3.0
     assert timings.ratio("a", "b") == 0.5
-
-
-class FakeEvent:
-    """Its clock goes on by a millisecond with every call."""
-
-    calls: ClassVar[list[str]] = []
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.done = False
-
-    def record(self) -> None:
-        self.time = len(self.calls)
-
-    def synchronize(self) -> None:
-        self.done = True
-
-    def elapsed_time(self, end: FakeEvent) -> float:
-        assert end.done
-        return end.time - self.time
-
-
-def test_functions_take_turns_and_are_timed_by_events() -> None:
-    functions = {name: partial(FakeEvent.calls.append, name) for name in "ab"}
-    sampling = replace(settings.CUDA_QUICK, rounds=3, sample_seconds=0.004)
-    with patch("torch.cuda.Event", FakeEvent):
-        timings = measure.interleave(functions, sampling)
-    assert timings.samples == {name: [pytest.approx(1e-3)] * 3 for name in "ab"}
-    assert FakeEvent.calls[-24:] == list("aaaabbbb" * 3)
