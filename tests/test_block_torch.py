@@ -153,6 +153,41 @@ def test_compile_step() -> None:
     assert_same(list(state), list(expected_state))
 
 
+def test_compile_under_autocast(device: torch.device) -> None:
+    """Where the input's type is not the parameters'."""
+    block = make_block(dtype=torch.bfloat16)
+    hidden = torch.randn(2, 6)
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return block.step(hidden, block.allocate_state(hidden.shape[0]))
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), step())
+
+
+class FromZeros(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = make_block()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        state = self.block.allocate_state(hidden.shape[0])
+        y, state = self.block(hidden, state, return_state=True)
+        return y[:, -1] + self.block.step(hidden[:, 0], state)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_allocate_state(strict: bool) -> None:
+    module = FromZeros()
+    shapes = ({0: torch.export.Dim("batch", max=1024)},)
+    example = (torch.randn(2, 7, 6, dtype=torch.float64),)
+    program = torch.export.export(module, example, dynamic_shapes=shapes, strict=strict)
+    hidden = torch.randn(5, 7, 6, dtype=torch.float64)
+    assert_same(program.module()(hidden), module(hidden))
+
+
 def test_export() -> None:
     block = make_block()
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=4096)}

@@ -189,12 +189,14 @@ def test_integers_are_no_activations(kind: str, name: str) -> None:
 
 def test_types_of_parameters() -> None:
     """The operators' own errors, under the caller's names."""
-    bad = torch.randn(DIM, dtype=torch.float16)
-    refused("update", RuntimeError, "dt_bias must be float64", dt_bias=torch.randn(DIM))
-    refused("scan", RuntimeError, "D must be float64; got float32", D=torch.randn(DIM))
-    refused("conv", RuntimeError, "bias must be float32; got float16", bias=bad)
-    bias = torch.randn(16, dtype=torch.float16)
-    refused("inner", RuntimeError, "conv1d_bias must be float64; got float16", conv1d_bias=bias)
+    narrow = {name: tensor.float() for name, tensor in update_inputs().items()}
+    wide, half = torch.randn(DIM).double(), torch.randn(DIM).half()
+    message = "dt_bias must be float32; got float64"
+    refused("update", RuntimeError, message, **narrow | {"dt_bias": wide})
+    narrow = {name: tensor.float() for name, tensor in scan_inputs().items()}
+    refused("scan", RuntimeError, "D must be float32; got float64", **narrow | {"D": wide})
+    refused("conv", RuntimeError, "bias must be float32; got float16", bias=half)
+    refused("inner", RuntimeError, "conv1d_bias must be ", conv1d_bias=torch.randn(16).half())
     weight = torch.randn(8, 16)
     message = "out_proj_weight must be torch.float64 as xz; got (8, 16) of torch.float32"
     refused("inner", ValueError, message, out_proj_weight=weight)

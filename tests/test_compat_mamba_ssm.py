@@ -120,6 +120,17 @@ def test_complex_A() -> None:
         )
 
 
+def test_scan_and_update_compile() -> None:
+    torch.compiler.reset()
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    tensors = scan_inputs()
+    assert_same(compiled(selective_scan_fn)(**tensors), selective_scan_fn(**tensors))
+    mine = update_inputs()
+    theirs = {name: tensor.clone() for name, tensor in mine.items()}
+    assert_same(compiled(selective_state_update)(**mine), selective_state_update(**theirs))
+    assert_same(mine["state"], theirs["state"])
+
+
 # mamba_inner_fn
 
 

@@ -61,10 +61,10 @@ def explained(
             known = forms(**given) if callable(forms) else forms
             _find_fault(owner, given, known, indices)
             operator, _, text = str(failure).partition(": ")
-            if operator not in _operators or not isinstance(failure, RuntimeError):
+            if operator not in _operators:
                 raise failure
             argument, _, text = text.partition(" ")
-            raise RuntimeError(f"{owner}: {names.get(argument, argument)} {text}") from None
+            raise type(failure)(f"{owner}: {names.get(argument, argument)} {text}") from None
 
         return call
 
