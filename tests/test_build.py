@@ -102,12 +102,15 @@ def test_unknown_simd_level_is_an_error() -> None:
     assert completed.stderr.strip().endswith(f"RuntimeError: {expected}")
 
 
-def pip(*arguments: str | Path) -> None:
-    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments)
+def pip(*arguments: str | Path, **environment: str) -> None:
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **environment)
 
 
 def build_wheel(source: Path, folder: Path) -> Path:
-    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, source)
+    # With the libraries of the build that is tested: CUDA's would take minutes.
+    cuda = "OFF" if mambablock.build_info()["cuda"] is None else "ON"
+    options = ("--no-build-isolation", "--no-deps", "--wheel-dir", folder)
+    pip("wheel", *options, source, MAMBABLOCK_CUDA=cuda)
     (wheel,) = folder.glob("mambablock-*.whl")
     return wheel
 
