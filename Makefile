@@ -32,8 +32,11 @@ help:
 	@echo 'MAMBABLOCK_CUDA=AUTO, ON or OFF (by default AUTO where there is a GPU, else OFF),'
 	@echo 'TORCH_INDEX=package index to take torch from, such as https://download.pytorch.org/whl/cpu'
 
+# A process for each core, and a thread in each.
+pytest := OMP_NUM_THREADS=1 $(bin)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
+
 test: $(VENV)/installed-test
-	$(bin)/python -m pytest $(ARGS)
+	$(pytest) $(ARGS)
 
 demo: $(VENV)/installed-demo
 	$(bin)/python examples/train_language_model.py $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -61,10 +64,10 @@ sanitize: $(VENV)/requirements
 # sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
 # these architectures.
 emulation_tests := $(addprefix tests/test_,cuda.py operator_contract.py operator_errors.py \
-    operator_torch.py selective_scan.py causal_conv1d.py updates.py \
-    block.py block_sequences.py block_torch.py recompute.py compat_mamba_ssm.py \
-    compat_causal_conv1d.py)
-emulated := $(bin)/python -m pytest -m 'gpu and not slow' $(emulation_tests)
+    operator_torch.py selective_scan.py causal_conv1d.py updates.py block.py block_construction.py \
+    block_errors.py block_sequences.py block_torch.py recompute.py compat_causal_conv1d.py \
+    compat_errors.py compat_mamba_simple.py compat_mamba_ssm.py)
+emulated := $(pytest) -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 
 cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0
