@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 from tools.sass import EMULATION, LIBRARY
-from tools.sass.account import Device, accounts
+from tools.sass.account import accounts
 from tools.sass.launches import Problem, record
 from tools.sass.listing import Kernel, MissingToolError, find_tools, read_kernels
+from tools.sass.machine import Device
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_budgets(kernels: list[Kernel], operator: str, issued: float, exps: floa
     if 90 not in {kernel.architecture for kernel in kernels}:
         pytest.skip("needs kernels for sm_90; TORCH_CUDA_ARCH_LIST left it out")
     problem = Problem()
-    launches = record(EMULATION, problem, Device().multiprocessors)
+    (launches,) = record(EMULATION, [problem], Device().multiprocessors)
     found = accounts(kernels, launches[operator], 90, problem)
     assert sum(account.issued for account in found) <= issued
     assert sum(account.exps for account in found) <= exps

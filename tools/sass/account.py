@@ -8,16 +8,8 @@ from dataclasses import dataclass
 
 from .launches import Launch, Problem
 from .listing import Kernel, find_kernel
+from .machine import Device
 from .thread import Thread
-
-
-@dataclass
-class Device:
-    name: str = "132 SMs at 1.98 GHz"
-    multiprocessors: int = 132
-    clock: float = 1.98e9
-    schedulers: int = 4  # in a multiprocessor, each issuing an instruction of a warp per clock
-    exp_lanes: int = 16  # of a multiprocessor, per clock
 
 
 @dataclass

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +22,6 @@ import torch
 import mambablock
 
 torch.ops.load_library(sys.argv[1])
-batch, length, channels, states = map(int, sys.argv[2:6])
-make = lambda *shape: torch.empty(shape, dtype=torch.bfloat16)
-u, delta, z, dy = (make(batch, length, channels) for _ in range(4))
-B, C = (make(batch, length, states) for _ in range(2))
-A = torch.empty(channels, states)
-D, bias = torch.empty(channels), torch.empty(channels)
 ops = torch.ops.mambablock
 
 def mark(name):
@@ -36,20 +31,37 @@ def mark(name):
 def time_last(tensor):
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
-for suffix, memory, gated in (
-    ("", torch.Tensor.contiguous, False),
-    (" with softplus and z", torch.Tensor.contiguous, True),
-    (" of (B, D, L) memory", time_last, False),
-    (" of (B, D, L) memory with softplus and z", time_last, True),
-):
-    rows = [memory(u), memory(delta), A, memory(B), memory(C)]
-    arguments = (*rows, D, memory(z) if gated else None, bias, None, None)
-    mark("forward" + suffix)
-    y, state, saved = ops.selective_scan(*arguments, gated, False, True)
-    mark("backward" + suffix)
-    ops.selective_scan_backward(
-        memory(dy), torch.empty_like(state), saved, *arguments, gated, False
-    )
+def launch_all(batch, length, channels, states):
+    make = lambda *shape: torch.empty(shape, dtype=torch.bfloat16)
+    u, delta, z, dy = (make(batch, length, channels) for _ in range(4))
+    B, C = (make(batch, length, states) for _ in range(2))
+    A = torch.empty(channels, states)
+    D, bias = torch.empty(channels), torch.empty(channels)
+    for suffix, memory, gated in (
+        ("", torch.Tensor.contiguous, False),
+        (" with softplus and z", torch.Tensor.contiguous, True),
+        (" of (B, D, L) memory", time_last, False),
+        (" of (B, D, L) memory with softplus and z", time_last, True),
+    ):
+        rows = [memory(u), memory(delta), A, memory(B), memory(C)]
+        arguments = (*rows, D, memory(z) if gated else None, bias, None, None)
+        mark("forward" + suffix)
+        y, state, saved = ops.selective_scan(*arguments, gated, False, True)
+        mark("backward" + suffix)
+        ops.selective_scan_backward(
+            memory(dy), torch.empty_like(state), saved, *arguments, gated, False
+        )
+    weight = torch.empty(channels, 4)
+    for suffix, memory in (("", torch.Tensor.contiguous), (" of (B, D, L) memory", time_last)):
+        arguments = (memory(u), weight, bias, None, None, True, False)
+        mark("convolution" + suffix)
+        y, state = ops.causal_conv1d(*arguments)
+        mark("backward of the convolution" + suffix)
+        ops.causal_conv1d_backward(memory(dy), None, *arguments)
+
+for sizes in sys.argv[2:]:
+    mark("problem")
+    launch_all(*map(int, sizes.split(",")))
 """
 
 
@@ -82,13 +94,16 @@ class Launch:
         return self.block[0] * self.block[1] * self.block[2]
 
 
-def record(emulation: Path, problem: Problem, multiprocessors: int) -> dict[str, list[Launch]]:
-    """The launches of the scan's forward, which saves states, and of its backward, each by name."""
+def record(
+    emulation: Path, problems: Sequence[Problem], multiprocessors: int
+) -> list[dict[str, list[Launch]]]:
+    """For each problem the launches of the scan's forward, which saves states, of its backward, and
+    of the convolution's, each by name."""
+    sizes = [f"{p.batch},{p.length},{p.channels},{p.states}" for p in problems]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "launches"
-        sizes = (problem.batch, problem.length, problem.channels, problem.states)
         subprocess.run(
-            [sys.executable, "-c", _PROGRAM, str(emulation), *map(str, sizes)],
+            [sys.executable, "-c", _PROGRAM, str(emulation), *sizes],
             check=True,
             stderr=subprocess.DEVNULL,
             env=os.environ
@@ -100,10 +115,13 @@ def record(emulation: Path, problem: Problem, multiprocessors: int) -> dict[str,
         )
         lines = target.read_text().splitlines()
     names = _function_names(emulation)
-    found: dict[str, list[Launch]] = {}
+    found: list[dict[str, list[Launch]]] = []
     for line in lines:
+        if line == "problem":
+            found.append({})
+            continue
         if not line.startswith("{"):
-            launches = found.setdefault(line, [])
+            launches = found[-1].setdefault(line, [])
             continue
         launch = json.loads(line)
         launches.append(

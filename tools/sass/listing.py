@@ -16,12 +16,34 @@ class MissingToolError(Exception):
     """A tool is missing; the text says which, and where to get it."""
 
 
+@dataclass(frozen=True)
+class Control:
+    """What the compiler wrote into an instruction for the schedulers, which look no further."""
+
+    stall: int = 1  # clocks until the warp's next instruction
+    sets: int | None = None  # the scoreboard that is busy until its result is there
+    frees: int | None = None  # the scoreboard that is busy until its operands have been read
+    waits: int = 0  # a bit for each of the six scoreboards that must be free before it is issued
+
+    @classmethod
+    def decode(cls, high_word: int) -> Control:
+        """From the upper 64 bits of an instruction of sm_70 or newer."""
+        bits = high_word >> 41  # 105 to 125 of the instruction
+
+        def scoreboard(shift: int) -> int | None:
+            number = bits >> shift & 7
+            return None if number == 7 else number
+
+        return cls(bits & 15, scoreboard(5), scoreboard(8), bits >> 11 & 63)
+
+
 @dataclass
 class Instruction:
     address: int
     guard: str  # a predicate, "PT" for none
     opcode: str
     operands: list[str]
+    control: Control = Control()
 
 
 @dataclass
@@ -142,6 +164,8 @@ def _resource_lines(usage: str) -> list[tuple[int, str, str]]:
 
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w))?\s*([A-Z][\w.]*)\s*(.*?)\s*;")
+# The second line of an instruction has its upper word alone.
+_HIGH_WORD = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/\s*$")
 
 
 def parse_sass(sass: str) -> list[tuple[int, str, list[Instruction]]]:
@@ -163,4 +187,6 @@ def parse_sass(sass: str) -> list[tuple[int, str, list[Instruction]]]:
                     [part.strip() for part in operands.split(",")] if operands else [],
                 )
             )
+        elif match := _HIGH_WORD.match(line):
+            found[-1][2][-1].control = Control.decode(int(match[1], 16))
     return found
