@@ -10,13 +10,13 @@ import hypothesis
 import pytest
 import torch
 
-from mambablock._library import TIME_TILE  # the emulated kernels must come after the CPU's
+from mambablock._library import SAVED_STATES  # the emulated kernels must come after the CPU's
 
 # The library of the emulated CUDA kernels, which take the place of the CPU's; see make cuda-check.
 EMULATION = os.environ.get("MAMBABLOCK_EMULATION")
 if EMULATION:
     torch.ops.load_library(EMULATION)
-    TIME_TILE["cpu"] = TIME_TILE["cuda"]
+    SAVED_STATES["cpu"] = SAVED_STATES["cuda"]
 
 # Set by make gpu-check, where a missing device is a failure.
 REQUIRE_CUDA = "MAMBABLOCK_REQUIRE_CUDA" in os.environ

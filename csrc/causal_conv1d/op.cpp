@@ -94,10 +94,10 @@ std::array<Tensor, 4> causal_conv1d_backward(const BackwardArguments& a) {
   p.dweight_partial = dweight_partial.mutable_data_ptr();
   p.dbias_partial = dbias_partial.mutable_data_ptr();
   plan->backward(p);
-  const Tensor dweight = sum_partials(dweight_partial, plan->partials, f.weight);
-  const Tensor dbias =
-      f.bias ? sum_partials(dbias_partial, plan->partials, *f.bias) : call.new_activations({0});
-  return {dx, dweight, dbias, dinitial_state};
+  std::vector<PartialSums> sums{{dweight_partial, plan->partials, f.weight}};
+  if (f.bias) sums.push_back({dbias_partial, plan->partials, *f.bias});
+  const std::vector<Tensor> totals = sum_partials(sums);
+  return {dx, totals[0], f.bias ? totals[1] : call.new_activations({0}), dinitial_state};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mambablock, MAMBABLOCK_DISPATCH_KEY, library) {

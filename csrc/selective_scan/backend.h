@@ -15,7 +15,8 @@ class [[gnu::visibility("hidden")]] SelectiveScanPlan {
   virtual void forward(const SelectiveScanForward& p) const = 0;
   virtual void backward(const SelectiveScanBackward& p) const = 0;
 
-  int64_t tiles = 0;             // of a row, each with a saved state
+  int64_t saved = 0;             // states of a row that are saved for the backward
+  ScalarType saved_type{};       // of them
   int64_t group_partials = 0;    // of dB and dC, for each row of the batch
   int64_t channel_partials = 0;  // of the other sums
 };

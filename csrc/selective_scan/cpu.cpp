@@ -11,7 +11,8 @@ class CpuPlan final : public SelectiveScanPlan {
  public:
   CpuPlan(const OpCall& call, const SelectiveScanInputs& in)
       : segments_(row_segments(call, in.length, kScanTimeTile)) {
-    tiles = scan_tiles(in);
+    saved = scan_tiles(in);
+    saved_type = call.checks.accumulator_type();
     group_partials = scan_blocks_in_group(in);
     channel_partials = in.batch;
   }

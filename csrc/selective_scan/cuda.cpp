@@ -7,29 +7,22 @@
 namespace mambablock {
 namespace {
 
-// Blocks that keep every multiprocessor busy: two, each with two warps of its four schedulers.
+// Blocks that keep every multiprocessor busy: two, each with a warp of its four schedulers.
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 // A chunk's second pass must be worth its first: it has at least this many tiles.
 constexpr int64_t kLeastTilesPerChunk = 4;
 
-int64_t cuda_tiles(int64_t length) { return (length + kCudaTile - 1) / kCudaTile; }
+int64_t tiles_of(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
 
 // Divides time into chunks where the rows of the batch and the channels alone leave more than half
-// of the device idle: a chunk's exps are computed twice.
+// of the device idle: a chunk's exps are computed twice. There are as many as the device has room
+// for at once.
 int64_t time_chunks(const CudaContext& context, int64_t row_blocks, int64_t tiles) {
   const int64_t wanted = kBlocksPerMultiprocessor * context.multiprocessors();
   if (row_blocks == 0 || 2 * row_blocks > wanted) return 1;
-  const int64_t chunks = (wanted + row_blocks - 1) / row_blocks;
+  const int64_t chunks = wanted / row_blocks;
   const int64_t most = (tiles + kLeastTilesPerChunk - 1) / kLeastTilesPerChunk;
   return chunks < most ? chunks : most > 0 ? most : 1;
-}
-
-// Wide blocks leave fewer partial sums, and need more memory.
-int backward_channels(const CudaContext& context, DType dtype) {
-  constexpr int wide = 64, narrow = 32;
-  if (dtype == DType::float32 || dtype == DType::float64) return narrow;
-  const auto needed = int64_t(cuda_backward_shared_memory(dtype, wide));
-  return needed <= context.shared_memory_per_block() ? wide : narrow;
 }
 
 class CudaPlan final : public SelectiveScanPlan {
@@ -37,15 +30,20 @@ class CudaPlan final : public SelectiveScanPlan {
   CudaPlan(const OpCall& call, const SelectiveScanInputs& in)
       : call_(call), boundaries_(device_boundaries(call, in.length)) {
     const CudaContext context(call.checks.input());
-    backward_channels_ = backward_channels(context, in.dtype);
-    tiles = cuda_tiles(in.length);
+    const int64_t tiles = tiles_of(in.length, kCudaTile);
     const int64_t row_blocks =
         in.batch * in.groups * cuda_blocks_in_group(in.group_channels, kCudaForwardChannels);
     chunks_ = time_chunks(context, row_blocks, tiles);
-    chunk_tiles_ = (tiles + chunks_ - 1) / chunks_;
+    const int64_t chunk_tiles = tiles_of(tiles, chunks_);
     // Without empty chunks at the end.
-    if (chunk_tiles_ > 0) chunks_ = (tiles + chunk_tiles_ - 1) / chunk_tiles_;
-    group_partials = cuda_blocks_in_group(in.group_channels, backward_channels_);
+    if (chunk_tiles > 0) chunks_ = tiles_of(tiles, chunk_tiles);
+    chunk_steps_ = chunk_tiles * kCudaTile;
+    saved = tiles_of(in.length, kCudaSavedSteps);
+    saved_type =
+        in.dtype == DType::bfloat16 ? ScalarType::BFloat16 : call.checks.accumulator_type();
+    group_partials = cuda_blocks_in_group(in.group_channels, in.dtype == DType::float64
+                                                                 ? kCudaBackwardChannels<double>
+                                                                 : kCudaBackwardChannels<float>);
     channel_partials = in.batch * chunks_;
   }
 
@@ -60,7 +58,7 @@ class CudaPlan final : public SelectiveScanPlan {
     const CudaContext context(call_.checks.input());
     const Carries carries(*this, p);
     if (chunks_ > 1) cuda_backward_carries(call_.checks.op(), p, carries.plan, context.stream());
-    cuda_backward(call_.checks.op(), p, carries.plan, backward_channels_, context.stream());
+    cuda_backward(call_.checks.op(), p, carries.plan, context.stream());
   }
 
  private:
@@ -69,9 +67,9 @@ class CudaPlan final : public SelectiveScanPlan {
     Carries(const CudaPlan& own, const SelectiveScanInputs& p)
         : plan{.boundaries = static_cast<const int64_t*>(data_of(own.boundaries_)),
                .reverse = own.call_.reverse,
-               .tiles = own.tiles,
+               .saved = own.saved,
                .chunks = own.chunks_,
-               .chunk_tiles = own.chunk_tiles_,
+               .chunk_steps = own.chunk_steps_,
                .carry = nullptr,
                .carry_dt = nullptr} {
       if (plan.chunks == 1 && p.d_state <= cuda_states_held(p.dtype)) return;
@@ -87,8 +85,7 @@ class CudaPlan final : public SelectiveScanPlan {
 
   const OpCall& call_;
   OptionalTensor boundaries_;
-  int backward_channels_;
-  int64_t chunks_, chunk_tiles_;
+  int64_t chunks_, chunk_steps_;
 };
 
 // For tests: into how many chunks of time a call of these sizes is divided.
@@ -99,7 +96,7 @@ int64_t selective_scan_chunks(Tensor u, int64_t groups) {
   }
   const int64_t blocks =
       u.size(0) * groups * cuda_blocks_in_group(u.size(2) / groups, kCudaForwardChannels);
-  return time_chunks(CudaContext(u), blocks, cuda_tiles(u.size(1)));
+  return time_chunks(CudaContext(u), blocks, tiles_of(u.size(1), kCudaTile));
 }
 
 }  // namespace

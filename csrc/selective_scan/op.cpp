@@ -81,9 +81,11 @@ std::array<Tensor, 3> selective_scan(const ForwardArguments& a) {
   const SelectiveScanInputs& in = call.inputs;
   const auto plan = make_plan(call, in);
   const Tensor y = call.new_output(), final_state = call.new_state();
-  const Tensor saved_states =
-      a.save_states ? call.new_accumulators({in.batch, plan->tiles * in.d_state, in.channels})
-                    : call.new_accumulators({0});
+  const Tensor saved_states = torch::stable::new_empty(
+      call.checks.input(),
+      a.save_states ? std::vector<int64_t>{in.batch, plan->saved * in.d_state, in.channels}
+                    : std::vector<int64_t>{0},
+      plan->saved_type);
   SelectiveScanForward p{in};
   p.y = call.view(y);
   p.final_state = final_state.mutable_data_ptr();
@@ -102,8 +104,12 @@ std::array<Tensor, 9> selective_scan_backward(const BackwardArguments& a) {
   checks.activation("dy", a.dy, {batch, {"length", in.length}, channels});
   checks.accumulator("dfinal_state", a.dfinal_state,
                      {{"states", call.states}, channels, {"d_state", in.d_state}});
-  checks.accumulator("saved_states", a.saved_states,
-                     {batch, {"tiles * d_state", plan->tiles * in.d_state}, channels});
+  const Sizes saved{batch, {"saved * d_state", plan->saved * in.d_state}, channels};
+  if (plan->saved_type == checks.accumulator_type()) {
+    checks.accumulator("saved_states", a.saved_states, saved);
+  } else {
+    checks.activation("saved_states", a.saved_states, saved);
+  }
   // Each absent gradient is an empty tensor of its own, since outputs must not share memory.
   const auto none = [&] { return call.new_activations({0}); };
   const Tensor du = call.new_output(), ddelta = call.new_output(),
@@ -123,7 +129,7 @@ std::array<Tensor, 9> selective_scan_backward(const BackwardArguments& a) {
   SelectiveScanBackward p{in};
   p.dy = input_view(a.dy, call.reverse, in.group_channels);
   p.dfinal_state = call.keep(a.dfinal_state);
-  p.saved_states = call.keep(a.saved_states);
+  p.saved_states = call.keep(a.saved_states, plan->saved_type);
   p.du = call.view(du);
   p.ddelta = call.view(ddelta);
   if (f.z) p.dz = call.view(dz);
@@ -135,17 +141,20 @@ std::array<Tensor, 9> selective_scan_backward(const BackwardArguments& a) {
   p.ddelta_bias_partial = ddelta_bias_partial.mutable_data_ptr();
   plan->backward(p);
 
-  const auto total = [&](const Tensor& partial, const OptionalTensor& of) {
-    return of ? sum_partials(partial, rows, *of) : none();
-  };
+  std::vector<PartialSums> sums{{dA_partial, rows, f.A},
+                                {dB_partial, plan->group_partials, f.B},
+                                {dC_partial, plan->group_partials, f.C}};
+  if (f.D) sums.push_back({dD_partial, rows, *f.D});
+  if (f.delta_bias) sums.push_back({ddelta_bias_partial, rows, *f.delta_bias});
+  const std::vector<Tensor> totals = sum_partials(sums);
   return {du,
           ddelta,
-          total(dA_partial, f.A),
-          sum_partials(dB_partial, plan->group_partials, f.B),
-          sum_partials(dC_partial, plan->group_partials, f.C),
-          total(dD_partial, f.D),
+          totals[0],
+          totals[1],
+          totals[2],
+          f.D ? totals[3] : none(),
           dz,
-          total(ddelta_bias_partial, f.delta_bias),
+          f.delta_bias ? totals.back() : none(),
           dinitial_state};
 }
 

@@ -28,7 +28,7 @@ struct SelectiveScanInputs {
 struct SelectiveScanForward : SelectiveScanInputs {
   OutputView y{};                // (B, L, D)
   void* final_state = nullptr;   // (B|S, D, N)
-  void* saved_states = nullptr;  // (B, tiles * N, D): the state on entering each tile
+  void* saved_states = nullptr;  // (B, saved * N, D): states on entering steps evenly apart
 };
 
 struct SelectiveScanBackward : SelectiveScanInputs {

@@ -30,9 +30,12 @@ if not hasattr(torch.ops.mambablock, "selective_scan"):
         "`pip install --no-build-isolation .` and import from outside of the source tree"
     )
 
-# Steps of time for each saved state: kScanTimeTile in csrc/selective_scan/cpu/kernels.h and
-# kCudaTile in cuda/kernels.h.
-TIME_TILE = {"cpu": 32, "cuda": 16}
+# Steps of time for each saved state, kScanTimeTile in csrc/selective_scan/cpu/kernels.h and
+# kCudaSavedSteps in cuda/kernels.h, and the types of activations whose saved states have it too.
+SAVED_STATES: dict[str, tuple[int, tuple[torch.dtype, ...]]] = {
+    "cpu": (32, ()),
+    "cuda": (8, (torch.bfloat16,)),
+}
 
 VmapRule = Callable[..., tuple[tuple[Tensor, ...], tuple[int | None, ...]]]
 

@@ -30,13 +30,13 @@ def _fake(a: Any) -> tuple[Tensor, Tensor, Tensor]:
     d_state = a.A.shape[1]
     dtype = library.accumulator_dtype(a.u.dtype)
     states = batch if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
-    tile = library.TIME_TILE["cuda" if a.u.is_cuda else "cpu"]
-    tiles = (length + tile - 1) // tile
-    saved_shape = (batch, tiles * d_state, d_inner) if a.save_states else (0,)
+    apart, as_activations = library.SAVED_STATES["cuda" if a.u.is_cuda else "cpu"]
+    saved = (length + apart - 1) // apart
+    saved_shape = (batch, saved * d_state, d_inner) if a.save_states else (0,)
     return (
         a.u.new_empty(a.u.shape),
         a.u.new_empty((states, d_inner, d_state), dtype=dtype),
-        a.u.new_empty(saved_shape, dtype=dtype),
+        a.u.new_empty(saved_shape, dtype=a.u.dtype if a.u.dtype in as_activations else dtype),
     )
 
 

@@ -4,24 +4,23 @@
 #include <cuda_runtime_api.h>
 
 #include "causal_conv1d/params.h"
-#include "common/math.h"
 
 namespace mambablock {
 
-// How a call is divided.
+// How a call is divided: a thread takes a chunk of a row's time, and one partial sum of dweight and
+// dbias stands for it.
 struct ConvCudaPlan {
   const int64_t* boundaries;  // (S+1), of a row's sequences; null without packed ones
   bool reverse;
+  int64_t chunks,
+      chunk_steps;  // of a row, of which there is always one, for empty sequences' states
+  // (B * chunks * (chunk_steps + W-1), D): what the backward of a d_conv above kCudaConvTaps
+  // computes once for each step.
+  void* gradients;
 };
 
-// Steps of a chunk of time, which one thread processes; one partial sum of dweight and dbias stands
-// for as many.
-inline constexpr int64_t kCudaConvChunk = 64;
-
-// Chunks of a row, of which there is always one, to give empty sequences their states.
-MAMBABLOCK_INLINE int64_t cuda_conv_chunks(const CausalConv1dInputs& p) {
-  return p.length == 0 ? 1 : (p.length + kCudaConvChunk - 1) / kCudaConvChunk;
-}
+// The largest d_conv whose taps are kept in registers.
+inline constexpr int kCudaConvTaps = 4;
 
 void cuda_forward(const char* op, const CausalConv1dForward& p, const ConvCudaPlan& plan,
                   cudaStream_t stream);

@@ -37,9 +37,12 @@ void launch(const char* op, void (*kernel)(Parameters...), int64_t blocks, int t
   }
   constexpr size_t without_opt_in = 48 * 1024;
   if (shared_bytes > without_opt_in) {
-    check_cuda(
-        op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    const auto set = [&](cudaFuncAttribute attribute, int value) {
+      check_cuda(op, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value));
+    };
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    // All of it for shared memory, in percent, so that several blocks fit on a multiprocessor.
+    set(cudaFuncAttributePreferredSharedMemoryCarveout, 100);
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));

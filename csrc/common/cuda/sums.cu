@@ -1,41 +1,63 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "common/cuda/state.cuh"
 #include "common/cuda/sums.h"
-#include "common/cuda/vectors.cuh"
 
 namespace mambablock {
 namespace {
 
-constexpr int kThreads = 128;
+// A block sums a warp's width of columns, its warps each every kRowsAtOnce-th row.
+constexpr int kColumns = 32, kRowsAtOnce = 8;
 
-template <class A, class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_rows_kernel(const A* partials, int64_t count, int64_t size, T* total) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= size) return;
+struct Jobs {
+  RowSums sums[kMostRowSums];
+  int64_t blocks[kMostRowSums];
+};
+
+template <class A>
+__global__ void __launch_bounds__(kColumns* kRowsAtOnce) sum_rows_kernel(const Jobs jobs) {
+  auto& sums_of_rows = *reinterpret_cast<A(*)[kRowsAtOnce][kColumns]>(shared_memory());
+  int64_t block = blockIdx.x;
+  int job = 0;
+  while (block >= jobs.blocks[job]) block -= jobs.blocks[job++];
+  const RowSums& sums = jobs.sums[job];
+  const int column = threadIdx.x % kColumns, first = threadIdx.x / kColumns;
+  const int64_t i = block * kColumns + column;
+  const A* partials = static_cast<const A*>(sums.partials) + i;
   A sum = 0;
-#pragma unroll 8
-  for (int64_t row = 0; row < count; ++row) sum += partials[row * size + i];
-  total[i] = from_accumulator<T>(Accumulator<T>(sum));
+  if (i < sums.size) {
+#pragma unroll 4
+    for (int64_t row = first; row < sums.count; row += kRowsAtOnce) {
+      sum += partials[row * sums.size];
+    }
+  }
+  sums_of_rows[first][column] = sum;
+  __syncthreads();
+  if (first != 0 || i >= sums.size) return;
+#pragma unroll
+  for (int row = 1; row < kRowsAtOnce; ++row) sum += sums_of_rows[row][column];
+  store_state<A>(sums.total_dtype, sums.total, i, sum);
 }
 
 }  // namespace
 
-void sum_rows(const char* op, DType partials_dtype, DType total_dtype, const void* partials,
-              int64_t count, int64_t size, void* total, cudaStream_t stream) {
-  const auto launch_kernel = [&](auto partial, auto type) {
-    using A = decltype(partial);
-    using T = decltype(type);
-    launch(op, sum_rows_kernel<A, T>, (size + kThreads - 1) / kThreads, kThreads, 0, stream,
-           static_cast<const A*>(partials), count, size, static_cast<T*>(total));
+void sum_rows(const char* op, DType partials_dtype, const RowSums* sums, int count,
+              cudaStream_t stream) {
+  Jobs jobs{};
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    jobs.sums[i] = sums[i];
+    jobs.blocks[i] = (sums[i].size + kColumns - 1) / kColumns;
+    blocks += jobs.blocks[i];
+  }
+  const auto launch_kernel = [&](auto zero) {
+    using A = decltype(zero);
+    launch(op, sum_rows_kernel<A>, blocks, kColumns * kRowsAtOnce,
+           sizeof(A) * kColumns * kRowsAtOnce, stream, jobs);
   };
-  if (partials_dtype == DType::float32) {
-    dispatch_dtype(total_dtype, [&](auto type) {
-      if constexpr (!std::is_same_v<decltype(type), double>) launch_kernel(float{}, type);
-    });
-  } else if (total_dtype == DType::float64) {
-    launch_kernel(double{}, double{});
+  if (partials_dtype == DType::float64) {
+    launch_kernel(double{});
   } else {
-    launch_kernel(double{}, float{});
+    launch_kernel(float{});
   }
 }
 

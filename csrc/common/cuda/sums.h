@@ -8,9 +8,19 @@
 
 namespace mambablock {
 
-// total[i] = the sum over `count` rows of partials[row * size + i], in the rows' order. Partials
-// are float32 or float64, and a total of float64 has partials of float64.
-void sum_rows(const char* op, DType partials_dtype, DType total_dtype, const void* partials,
-              int64_t count, int64_t size, void* total, cudaStream_t stream);
+// total[i] = the sum over `count` rows of partials[row * size + i].
+struct RowSums {
+  const void* partials;
+  int64_t count, size;
+  void* total;
+  DType total_dtype;
+};
+
+// The most sums that one launch computes: those of all of an operator's gradients.
+inline constexpr int kMostRowSums = 5;
+
+// Computes `count` of them, of partials that are all float32, or all float64.
+void sum_rows(const char* op, DType partials_dtype, const RowSums* sums, int count,
+              cudaStream_t stream);
 
 }  // namespace mambablock

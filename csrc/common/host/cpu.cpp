@@ -77,15 +77,20 @@ void sum_rows(const A* partials, int64_t count, int64_t size, A* total) {
 
 }  // namespace
 
-Tensor sum_partials(const Tensor& partials, int64_t count, const Tensor& like) {
-  const Tensor total = torch::stable::new_empty(like, like.sizes(), partials.scalar_type());
-  const auto sum = [&](auto zero) {
-    using A = decltype(zero);
-    sum_rows(static_cast<const A*>(partials.const_data_ptr()), count, like.numel(),
-             static_cast<A*>(total.mutable_data_ptr()));
-  };
-  partials.scalar_type() == ScalarType::Double ? sum(double{}) : sum(float{});
-  return *contiguous_as(total, like.scalar_type());
+std::vector<Tensor> sum_partials(const std::vector<PartialSums>& sums) {
+  std::vector<Tensor> totals;
+  for (const PartialSums& of : sums) {
+    const ScalarType type = of.partials.scalar_type();
+    const Tensor total = torch::stable::new_empty(of.like, of.like.sizes(), type);
+    const auto sum = [&](auto zero) {
+      using A = decltype(zero);
+      sum_rows(static_cast<const A*>(of.partials.const_data_ptr()), of.count, of.like.numel(),
+               static_cast<A*>(total.mutable_data_ptr()));
+    };
+    type == ScalarType::Double ? sum(double{}) : sum(float{});
+    totals.push_back(*contiguous_as(total, of.like.scalar_type()));
+  }
+  return totals;
 }
 
 }  // namespace mambablock

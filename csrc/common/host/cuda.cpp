@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/host/cuda.h"
 
+#include <algorithm>
+
 #include "common/cuda/boundaries.h"
 #include "common/cuda/sums.h"
 #include "common/host/partial_sums.h"
@@ -26,13 +28,22 @@ OptionalTensor device_boundaries(const OpCall& call, int64_t length) {
   return boundaries;
 }
 
-Tensor sum_partials(const Tensor& partials, int64_t count, const Tensor& like) {
-  const CudaContext context(partials);
-  const Tensor total = torch::stable::new_empty(like, like.sizes());
-  sum_rows("sum_partials", dtype_of("sum_partials", "partials", partials.scalar_type()),
-           dtype_of("sum_partials", "like", like.scalar_type()), partials.const_data_ptr(), count,
-           like.numel(), total.mutable_data_ptr(), context.stream());
-  return total;
+std::vector<Tensor> sum_partials(const std::vector<PartialSums>& sums) {
+  const char* const op = "sum_partials";
+  const CudaContext context(sums.front().partials);
+  std::vector<Tensor> totals;
+  std::vector<RowSums> rows;
+  for (const PartialSums& of : sums) {
+    totals.push_back(torch::stable::new_empty(of.like, of.like.sizes()));
+    rows.push_back({of.partials.const_data_ptr(), of.count, of.like.numel(),
+                    totals.back().mutable_data_ptr(), dtype_of(op, "like", of.like.scalar_type())});
+  }
+  const DType dtype = dtype_of(op, "partials", sums.front().partials.scalar_type());
+  for (size_t i = 0; i < rows.size(); i += kMostRowSums) {
+    sum_rows(op, dtype, &rows[i], int(std::min<size_t>(rows.size() - i, kMostRowSums)),
+             context.stream());
+  }
+  return totals;
 }
 
 }  // namespace mambablock

@@ -21,8 +21,9 @@ class [[gnu::visibility("hidden")]] OpCall {
   OpCall(const OpCall&) = delete;
 
   // The data of a contiguous copy in the accumulator's type, which lives as long as the call does.
-  const void* keep(const OptionalTensor& tensor) {
-    kept_.push_back(contiguous_as(tensor, checks.accumulator_type()));
+  const void* keep(const OptionalTensor& tensor) { return keep(tensor, checks.accumulator_type()); }
+  const void* keep(const OptionalTensor& tensor, ScalarType type) {
+    kept_.push_back(contiguous_as(tensor, type));
     return data_of(kept_.back());
   }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The steps of a tile in the backward: its states are recomputed, then the gradient g of the state
-// goes back through them,
+// The steps of a tile in the backward: its states and decays are recomputed and stay in registers,
+// then the gradient g of the state goes back through them,
 //   g_t = C_t dy_t + a_{t+1} g_{t+1}
 // and last come the sums over the block's channels.
 #pragma once
@@ -10,241 +10,217 @@
 
 namespace mambablock {
 
+template <class T>
+using BackwardBlock = Block<T, kCudaBackwardChannels<Accumulator<T>>, kCudaSavedSteps>;
+
 // A block's shared memory: [step][channel], [step][state], or as said.
-template <class A, int Channels>
+template <class T>
 struct BackwardMemory {
-  static constexpr int held = kStatesHeld<A>, vectors = 2 * held / kVectorLength<A>;
-  using Vector = AlignedVector<A, kVectorLength<A>>;
+  using A = Accumulator<T>;
+  using Block = BackwardBlock<T>;
+  using Vector = AlignedVector<A, kStatesHeld<A>>;
+  static constexpr int channels = Block::channels_at_once;
 
-  int64_t row;  // of the block's partial sums, for which registers have no room
-  alignas(16) A delta_bias[Channels], D[Channels];
-  // Of each of the threads that share a channel's steps.
-  A dD[kRowThreads][Channels], ddelta_bias[kRowThreads][Channels];
-  alignas(16) AlignedVector<A, 2> dt_and_dtu[kCudaTile][Channels];  // dt, dt * u
-  A dy[kCudaTile + 1][Channels];                    // [step + 1]: of the y before the gate
-  alignas(16) A derivative[kCudaTile][Channels];    // of dt by delta
-  A dz[kCudaTile][Channels];                        // but for the factor y
-  HalfSums<AlignedVector<A, 2>, Channels> sums[2];  // sum_n g B and sum_n A log2(e) a g h_{t-1}
-  A y[kCudaTile][Channels];                         // C . h
-  alignas(16) A B[kCudaTile][kStatesAtOnce<A>], C[kCudaTile][kStatesAtOnce<A>];
-  // A column for each thread, in the rows below; rows are spread over the banks.
-  using VectorRow = Vector[Channels + 2];
-  VectorRow own[kCudaTile * vectors + vectors / 2];
-
-  // The states of a step's first and second channel, before the step.
-  __device__ VectorRow& h_before(int step, int vector) { return own[step * vectors + vector]; }
-  // In their place once the gradient has passed them: what the thread adds to dC of the step
-  // before, and to dB.
-  __device__ VectorRow& dC_before(int step, int vector) { return own[step * vectors + vector]; }
-  __device__ VectorRow& dB(int step, int vector) {
-    return own[step * vectors + vectors / 2 + vector];
-  }
+  alignas(16) A delta_bias[channels], D[channels];
+  PairTile<A, Block> dt_and_dtu;
+  alignas(16) A dy[kCudaSavedSteps][channels];  // of the y before the gate
+  PartPairs<A, Block> sums;                     // sum_n g B and sum_n A log2(e) a g h_{t-1}
+  PartSums<A, Block> y;                         // C . h
+  alignas(16) A B[kCudaSavedSteps][kStatesAtOnce<A>], C[kCudaSavedSteps][kStatesAtOnce<A>];
+  // What each thread adds to dB and dC.
+  Vector dB_and_dC[kCudaSavedSteps][2][Block::threads];
 };
 
-// So that every device can run blocks of 32 channels.
-static_assert(sizeof(BackwardMemory<float, 32>) <= 64 * 1024 &&
-              sizeof(BackwardMemory<double, 32>) <= 64 * 1024);
+// So that every device can run them.
+static_assert(sizeof(BackwardMemory<float>) <= 64 * 1024 &&
+              sizeof(BackwardMemory<double>) <= 64 * 1024);
 
-template <class T, int Channels>
-struct BackwardThread {
-  using A = Accumulator<T>;
-  const Block<T, Channels>& block;
-  BackwardMemory<A, Channels>& memory;
-  States<A> A_log2e, h, a_g, dA;  // a_g: a_{t+1} g_{t+1}
+// What a step needs of shared memory.
+template <class A>
+struct BackwardStepInputs {
+  A B[kStatesHeld<A>], C[kStatesHeld<A>], at[4];  // dt and dt * u of both channels
+  A dy[2];
 };
 
-// Recomputes the state of a step; h is the one before and becomes it.
-template <bool kGated, bool kAdd, class T, int Channels>
-__device__ __forceinline__ void recompute(BackwardThread<T, Channels>& thread, int step) {
+// The states of a tile on their way forward and back.
+template <class T>
+class BackwardSteps {
   using A = Accumulator<T>;
-  using Vector = typename BackwardMemory<A, Channels>::Vector;
-  constexpr int held = kStatesHeld<A>;
-  const auto& block = thread.block;
-  auto& memory = thread.memory;
-  A at[4];  // dt and dt * u of both channels
-  load_vectors(memory.dt_and_dtu[step][block.pair].values, at);
-  A y[2] = {};
+  using Block = BackwardBlock<T>;
+  using Memory = BackwardMemory<T>;
+  static constexpr int held = kStatesHeld<A>;
+
+ public:
+  __device__ BackwardSteps(const Block& block, Memory& memory)
+      : block(block), memory(memory), pair_place(memory.dt_and_dtu.place(block.pair)) {}
+
+  // The states of steps [low, high), from the one on entering them; what they add to dC.
+  template <bool kWhole, bool kGated, bool kAdd>
+  __device__ __forceinline__ void recompute(States<A>& h, int low, int high) {
+    BackwardStepInputs<A> inputs = step_inputs(0);
 #pragma unroll
-  for (int i = 0; i < held; i += kVectorLength<A>) {
-    const Vector B = vector_at(memory.B[step] + block.half * held + i);
-    Vector C{};
-    if constexpr (kGated) C = vector_at(memory.C[step] + block.half * held + i);
+    for (int step = 0; step < kCudaSavedSteps; ++step) {
+      const BackwardStepInputs<A> now = inputs;
+      // Read before the stores that follow, which the compiler could not know to be elsewhere.
+      inputs = step_inputs((step + 1) % kCudaSavedSteps);
+      if (!kWhole && (step < low || step >= high)) continue;
+      recompute_step<kGated, kAdd>(step, now, h);
+    }
+  }
+
+  // The gradient from step high - 1 to step low, which have just been recomputed. Calls between()
+  // once registers have become free.
+  template <bool kWhole, bool kAdd, class F>
+  __device__ __forceinline__ void reverse(int low, int high, F between) {
+    BackwardStepInputs<A> inputs = step_inputs(kCudaSavedSteps - 1);
+#pragma unroll
+    for (int step = kCudaSavedSteps - 1; step >= 0; --step) {
+      const BackwardStepInputs<A> now = inputs;
+      inputs = step_inputs(step > 0 ? step - 1 : 0);
+      if (step == kCudaSavedSteps / 2 - 1) between();
+      if (!kWhole && (step < low || step >= high)) continue;
+      reverse_step<kAdd>(step, now);
+    }
+  }
+
+  States<A> A_log2e, a_g, dA;  // a_g: a_{t+1} g_{t+1}
+
+ private:
+  __device__ __forceinline__ BackwardStepInputs<A> step_inputs(int step) const {
+    BackwardStepInputs<A> inputs;
+    memory.dt_and_dtu.load(step, pair_place, inputs.at);
+    load_vectors(memory.B[step] + block.part * held, inputs.B);
+    load_vectors(memory.C[step] + block.part * held, inputs.C);
+    const auto dy = *reinterpret_cast<const AlignedVector<A, 2>*>(&memory.dy[step][block.pair]);
+    inputs.dy[0] = dy.values[0];
+    inputs.dy[1] = dy.values[1];
+    return inputs;
+  }
+
+  template <bool kGated, bool kAdd>
+  __device__ __forceinline__ void recompute_step(int step, const BackwardStepInputs<A>& inputs,
+                                                 States<A>& h) {
+    AlignedVector<A, 2>* const place =
+        reinterpret_cast<AlignedVector<A, 2>*>(&memory.y.parts[block.part].at[step][block.pair]);
+    AlignedVector<A, 2> y{};
+    if constexpr (kGated && kAdd) y = *place;
+    typename Memory::Vector dC{};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const A dt = at[2 * k], dtu = at[2 * k + 1];
-      Vector before;
+      const A dt = inputs.at[2 * k], dtu = inputs.at[2 * k + 1];
 #pragma unroll
-      for (int j = 0; j < kVectorLength<A>; ++j) {
-        A& h = thread.h.values[k][i + j];
-        before.values[j] = h;
-        h = exp2(dt * thread.A_log2e.values[k][i + j]) * h + dtu * B.values[j];
-        if constexpr (kGated) y[k] += h * C.values[j];
+      for (int i = 0; i < held; ++i) {
+        A& state = h.values[k][i];
+        const A decay = exp2(dt * A_log2e.values[k][i]);
+        decays[step][k][i] = decay;
+        before[step][k][i] = state;
+        state = decay * state + dtu * inputs.B[i];
+        if constexpr (kGated) y.values[k] += state * inputs.C[i];
+        dC.values[i] += inputs.dy[k] * state;
       }
-      memory.h_before(step, (k * held + i) / kVectorLength<A>)[block.own] = before;
     }
+    if constexpr (kGated) *place = y;
+    memory.dB_and_dC[step][1][threadIdx.x] = dC;
   }
-  if constexpr (kGated) {
-    // Each thread of the pair sums up its own channel's.
-    const A own = block.half ? y[1] : y[0], neighbours = block.half ? y[0] : y[1];
-    const A sum = own + __shfl_xor_sync(0xffffffff, neighbours, 1);
-    memory.y[step][block.own] = kAdd ? memory.y[step][block.own] + sum : sum;
-  }
-}
 
-// The states of steps [low, high).
-template <int kUnroll, bool kGated, bool kAdd, class T, int Channels>
-__device__ __forceinline__ void recompute_steps(BackwardThread<T, Channels>& thread, int low,
-                                                int high) {
-#pragma unroll kUnroll
-  for (int step = low; step < high; ++step) recompute<kGated, kAdd>(thread, step);
-}
-
-// The gradients of y, before the gate, of both of the thread's channels.
-template <class T, int Channels>
-__device__ __forceinline__ AlignedVector<Accumulator<T>, 2> dy_before(
-    const BackwardThread<T, Channels>& thread, int step) {
-  return *reinterpret_cast<const AlignedVector<Accumulator<T>, 2>*>(
-      &thread.memory.dy[step][thread.block.pair]);
-}
-
-// What the thread adds to dC of the step before `step`, given the state between them.
-template <class T, int Channels>
-__device__ __forceinline__ void store_dC(BackwardThread<T, Channels>& thread, int step,
-                                         const AlignedVector<Accumulator<T>, 2>& dy) {
-  using A = Accumulator<T>;
-  constexpr int half_vectors = kStatesHeld<A> / kVectorLength<A>;
-#pragma unroll
-  for (int i = 0; i < half_vectors; ++i) {
-    typename BackwardMemory<A, Channels>::Vector dC;
-#pragma unroll
-    for (int j = 0; j < kVectorLength<A>; ++j) {
-      const int n = i * kVectorLength<A> + j;
-      dC.values[j] = dy.values[0] * thread.h.values[0][n] + dy.values[1] * thread.h.values[1][n];
-    }
-    thread.memory.dC_before(step, i)[thread.block.own] = dC;
-  }
-}
-
-// One step of the gradient, after the states. dy is the step's, and becomes that of the one before.
-template <bool kAdd, class T, int Channels>
-__device__ __forceinline__ void reverse_step(BackwardThread<T, Channels>& thread, int step,
-                                             AlignedVector<Accumulator<T>, 2>& dy) {
-  using A = Accumulator<T>;
-  using Vector = typename BackwardMemory<A, Channels>::Vector;
-  constexpr int held = kStatesHeld<A>;
-  const auto& block = thread.block;
-  auto& memory = thread.memory;
-  A at[4];  // dt and dt * u of both channels
-  load_vectors(memory.dt_and_dtu[step][block.pair].values, at);
-  AlignedVector<A, 2>* const total = &memory.sums[block.half].at[step][block.pair];
-  A sums[4] = {};  // g B and A log2(e) a g h_{t-1} of both channels
-  if constexpr (kAdd) load_vectors(total->values, sums);
-  Vector dB[held / kVectorLength<A>];
-#pragma unroll
-  for (int i = 0; i < held; i += kVectorLength<A>) {
-    const Vector B = vector_at(memory.B[step] + block.half * held + i);
-    const Vector C = vector_at(memory.C[step] + block.half * held + i);
-    Vector sum{};
+  template <bool kAdd>
+  __device__ __forceinline__ void reverse_step(int step, const BackwardStepInputs<A>& inputs) {
+    A(&total)
+    [4] = reinterpret_cast<A(&)[4]>(memory.sums.parts[block.part].tile.at[step][pair_place].values);
+    A sums[4] = {};  // g B and A log2(e) a g h_{t-1} of both channels
+    if constexpr (kAdd) load_vectors(total, sums);
+    typename Memory::Vector dB{};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const A dt = at[2 * k], dtu = at[2 * k + 1];
-      const Vector before = memory.h_before(step, (k * held + i) / kVectorLength<A>)[block.own];
+      const A dt = inputs.at[2 * k], dtu = inputs.at[2 * k + 1];
 #pragma unroll
-      for (int j = 0; j < kVectorLength<A>; ++j) {
-        const A A_log2e = thread.A_log2e.values[k][i + j];
-        A &h = thread.h.values[k][i + j], &a_g = thread.a_g.values[k][i + j];
-        h = before.values[j];
-        const A g = C.values[j] * dy.values[k] + a_g;
-        sum.values[j] += g * dtu;
-        sums[2 * k] += g * B.values[j];
-        a_g = exp2(dt * A_log2e) * g;
-        const A a_g_h = a_g * h;
-        sums[2 * k + 1] += a_g_h * A_log2e;
-        thread.dA.values[k][i + j] += a_g_h * dt;
+      for (int i = 0; i < held; ++i) {
+        A& a_g_next = a_g.values[k][i];
+        const A g = inputs.C[i] * inputs.dy[k] + a_g_next;
+        dB.values[i] += g * dtu;
+        sums[2 * k] += g * inputs.B[i];
+        a_g_next = decays[step][k][i] * g;
+        const A a_g_h = a_g_next * before[step][k][i];
+        sums[2 * k + 1] += a_g_h * A_log2e.values[k][i];
+        dA.values[k][i] += a_g_h * dt;
       }
     }
-    dB[i / kVectorLength<A>] = sum;
+    memory.dB_and_dC[step][0][threadIdx.x] = dB;
+    store_vectors(sums, total);
   }
-  // In the place of the states just read.
-#pragma unroll
-  for (int i = 0; i < held / kVectorLength<A>; ++i) memory.dB(step, i)[block.own] = dB[i];
-  dy = dy_before(thread, step);
-  store_dC(thread, step, dy);
-  store_vectors(sums, total->values);
-}
 
-// The gradient of steps from the last to the first of [low, high), which have just been recomputed.
-template <int kUnroll, bool kAdd, class T, int Channels>
-__device__ __forceinline__ void reverse_steps(BackwardThread<T, Channels>& thread, int low,
-                                              int high) {
-  auto dy = dy_before(thread, high);
-  store_dC(thread, high, dy);
-#pragma unroll kUnroll
-  for (int step = high - 1; step >= low; --step) reverse_step<kAdd>(thread, step, dy);
-}
+  const Block& block;
+  Memory& memory;
+  const int pair_place;
+  A decays[kCudaSavedSteps][2][held], before[kCudaSavedSteps][2][held];
+};
 
-// Sums a tile's dB and dC over the block's channels. A thread has a vector of states of either,
-// of some of the steps.
-template <class T, int Channels>
+// Sums a tile's dB and dC over the block's channels. A thread has a vector of states of either, of
+// one step, over every other pair of channels; the thread four lanes further has the others.
+template <class T>
 struct GradientSums {
   using A = Accumulator<T>;
-  using Memory = BackwardMemory<A, Channels>;
+  using Block = BackwardBlock<T>;
+  using Memory = BackwardMemory<T>;
   using Vector = typename Memory::Vector;
-  static constexpr int vectors = Memory::vectors, half_vectors = vectors / 2;
-  static constexpr int steps_at_once = Channels / (2 * vectors);
+  static constexpr int held = kStatesHeld<A>;
+  static constexpr int sums_at_once = Block::threads / (2 * kParts);
+  static constexpr int rounds = 2 * kCudaSavedSteps / sums_at_once;
 
-  // Neighbouring threads take vectors that are in different banks.
-  __device__ GradientSums(const Block<T, Channels>& block, const SelectiveScanBackward& p,
-                          int64_t begin)
+  __device__ GradientSums(const Block& block, const SelectiveScanBackward& p, int64_t begin)
       : d_state(p.d_state),
-        half(threadIdx.x % 2),
-        vector(threadIdx.x / 2 % vectors),
-        step(threadIdx.x / (2 * vectors)),
-        state((half * half_vectors + vector % half_vectors) * kVectorLength<A>),
+        which(threadIdx.x / (2 * kParts) % 2),
+        step(threadIdx.x / (4 * kParts)),
         time(p.dB_partial.time) {  // and dC_partial's
-    const OutputView& partial = vector < half_vectors ? p.dB_partial : p.dC_partial;
+    const OutputView& partial = which == 0 ? p.dB_partial : p.dC_partial;
     target = static_cast<A*>(partial.data) +
              (block.index_in_group * p.batch + block.batch) * partial.batch +
-             (begin + step) * time + block.group * d_state + state;
+             (begin + step) * time + block.group * d_state + block.part * held;
   }
 
   // To the tile that begins so many steps later.
   __device__ __forceinline__ void move(int64_t steps) { target += steps * time; }
 
   // Those of states from `first` on.
-  __device__ __forceinline__ void store(Memory& memory, int steps, int64_t first) const {
+  template <bool kRegular>
+  __device__ __forceinline__ void store(const Block& block, const Memory& memory, int steps,
+                                        int64_t first) const {
+    const int odd = threadIdx.x / kParts % 2;
     A* place = target;
-    if (first > 0) place += first;
-    const int64_t exist = d_state - first - state;
+    if (!kRegular && first > 0) place += first;
 #pragma unroll
-    for (int round = 0; round < kCudaTile / steps_at_once; ++round) {
-      const int at = step + round * steps_at_once;
-      const Vector* contribution = vector < half_vectors
-                                       ? &memory.dB(at, vector)[half]
-                                       : &memory.dC_before(at + 1, vector - half_vectors)[half];
+    for (int round = 0; round < rounds; ++round, place += sums_at_once / 2 * time) {
+      const int at = step + round * (sums_at_once / 2);
+      const bool exists = kRegular || at < steps;
       Vector total{};
+      if (exists) {
+        const Vector* const added = &memory.dB_and_dC[at][which][odd * kParts + block.part];
 #pragma unroll
-      for (int pair = 0; pair < Channels / 2; ++pair) {
-        const Vector added = contribution[2 * pair];
+        for (int pair = 0; pair < Block::channels_at_once / 2; pair += 2) {
+          const Vector next = added[pair * kParts];
 #pragma unroll
-        for (int j = 0; j < kVectorLength<A>; ++j) total.values[j] += added.values[j];
-      }
-      if (at < steps) {
-        if (d_state % kVectorLength<A> == 0) {
-          if (exist > 0) *reinterpret_cast<Vector*>(place) = total;
-        } else {
-#pragma unroll
-          for (int j = 0; j < kVectorLength<A>; ++j) {
-            if (j < exist) place[j] = total.values[j];
-          }
+          for (int i = 0; i < held; ++i) total.values[i] += next.values[i];
         }
       }
-      place += steps_at_once * time;
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        total.values[i] += __shfl_xor_sync(0xffffffff, total.values[i], kParts);
+      }
+      if (odd != 0 || !exists) continue;
+      const int64_t exist = d_state - first - block.part * held;
+      if (kRegular || (d_state % held == 0 && exist > 0)) {
+        *reinterpret_cast<Vector*>(place) = total;
+      } else {
+#pragma unroll
+        for (int i = 0; i < held; ++i) {
+          if (i < exist) place[i] = total.values[i];
+        }
+      }
     }
   }
 
   int64_t d_state;
-  int half, vector, step, state;
+  int which, step;
   int64_t time;
   A* target;
 };

@@ -13,7 +13,8 @@
 namespace mambablock {
 namespace {
 
-constexpr int kChannels = kCudaForwardChannels;
+template <class T>
+using CarryBlock = Block<T, kCudaForwardChannels, kCudaTile>;
 
 template <bool kBackward>
 using Params = std::conditional_t<kBackward, SelectiveScanBackward, SelectiveScanInputs>;
@@ -26,24 +27,29 @@ __device__ const GroupedView& scanned_by(const SelectiveScanBackward& p) { retur
 __device__ const void* first_state(const SelectiveScanInputs& p) { return p.initial_state; }
 __device__ const void* first_state(const SelectiveScanBackward& p) { return p.dfinal_state; }
 
-template <class A>
+template <class T>
 struct Memory {
-  // dt, and dt * u or the gradient of y
-  alignas(16) AlignedVector<A, 2> dt_and_input[kCudaTile][kChannels];
+  using A = Accumulator<T>;
+  PairTile<A, CarryBlock<T>> dt_and_input;  // dt, and dt * u or the gradient of y
   alignas(16) A B_or_C[kCudaTile][kStatesAtOnce<A>];
+  alignas(
+      16) A dt_sums[CarryBlock<T>::threads * kPack / kCudaForwardChannels][kCudaForwardChannels];
 };
 
 // A block's chunk-local scan.
 template <class T, bool kBackward>
-struct ChunkLocalScan {
+class ChunkLocalScan {
   using A = Accumulator<T>;
+  using Block = CarryBlock<T>;
   static constexpr int64_t next = kBackward ? -kCudaTile : kCudaTile;
+  static constexpr int rows = Block::rows, held = kStatesHeld<A>;
 
-  __device__ ChunkLocalScan(const Params<kBackward>& p, const Block<T, kChannels>& block,
-                            Memory<A>& memory)
+ public:
+  __device__ ChunkLocalScan(const Params<kBackward>& p, const Block& block)
       : p(p),
         block(block),
-        memory(memory),
+        memory(*reinterpret_cast<Memory<T>*>(shared_memory())),
+        pair_place(memory.dt_and_input.place(block.pair)),
         carry(block.channel_row(block.plan.carry, block.chunk_row(), p.d_state)),
         gated(kBackward && p.z.data != nullptr),
         one_slice(p.d_state <= kStatesAtOnce<A>),
@@ -52,8 +58,9 @@ struct ChunkLocalScan {
         main_input(block, scanned(p), begin),
         delta_input(block, p.delta, begin),
         z_input(block, p.z, begin),
-        B_or_C_input(block, scanned_by(p), begin),
-        packs(main_input.in_packs() && delta_input.in_packs() && (!gated || z_input.in_packs())) {
+        B_or_C_input(block, scanned_by(p), scanned_by(p), begin),
+        regular(block.is_full() && main_input.in_packs() && delta_input.in_packs() &&
+                (!gated || z_input.in_packs()) && scanned_by(p).packs) {
 #pragma unroll
     for (int j = 0; j < kPack; ++j) bias[j] = block.parameter(p.delta_bias, block.column + j);
   }
@@ -64,71 +71,74 @@ struct ChunkLocalScan {
       state.load(block, nullptr, first);
       if (!one_slice) state.store(block, carry, first);
     }
+    load(block.steps_from(begin));
     for (int64_t tile = 0; tile < tiles; ++tile, begin += next) {
-      const int steps = steps_from(begin, block.end);
+      const int steps = block.steps_from(begin);
       __syncthreads();  // all are done with the tile before
-      load_tile(steps);
+      put(steps);
+      if (one_slice) B_or_C_input.put(B_or_C, &memory.B_or_C[0][0]);
+      // In flight while the states advance.
+      if (tile + 1 < tiles) load(block.steps_from(begin + next));
       for (int64_t first = 0; first < p.d_state; first += kStatesAtOnce<A>) {
-        if (first > 0) __syncthreads();
-        load_B_or_C(steps, first);
+        if (!one_slice) load_slice(steps, first);
         __syncthreads();
-        if (!one_slice) {
-          load_A_log2e(block, first, A_log2e);
-          state.load(block, carry, first);
-        }
         advance_tile(steps, first);
         if (!one_slice) state.store(block, carry, first);
       }
-      B_or_C_input.move(next);
+      if (!one_slice) B_or_C_input.move(next);
     }
     if (one_slice) state.store(block, carry, 0);
-    if (block.own < block.channels) {
-      A* row = block.channel_row(block.plan.carry_dt, block.chunk_row());
-      row[block.own] = block.half ? dt_sum[1] : dt_sum[0];
-    }
+    store_dt_sum();
   }
 
  private:
-  __device__ __forceinline__ void load_tile(int steps) {
-    Pack<T> input[kRowsPerThread] = {}, delta[kRowsPerThread] = {}, z[kRowsPerThread] = {};
-    with_flag(packs && steps == kCudaTile, [&](auto whole) {
-      main_input.template load<whole.value>(steps, 0, input);
-      delta_input.template load<whole.value>(steps, 0, delta);
-      if (gated) z_input.template load<whole.value>(steps, 0, z);
+  // A tile's inputs, into registers.
+  __device__ __forceinline__ void load(int steps) {
+    with_flag(regular && steps == kCudaTile, [&](auto regular) {
+      main_input.template load<regular.value>(steps, input);
+      delta_input.template load<regular.value>(steps, delta);
+      if (gated) z_input.template load<regular.value>(steps, z);
+      if (one_slice) B_or_C = B_or_C_input.template load<regular.value>(steps, 0);
     });
     main_input.move(next);
     delta_input.move(next);
     z_input.move(next);
+    if (one_slice) B_or_C_input.move(next);
+  }
+
+  __device__ __forceinline__ void load_slice(int steps, int64_t first) {
+    if (first > 0) __syncthreads();  // all are done with the states before
+    B_or_C = B_or_C_input.template load<false>(steps, first);
+    B_or_C_input.put(B_or_C, &memory.B_or_C[0][0]);
+    load_A_log2e(block, first, A_log2e);
+    state.load(block, carry, first);
+  }
+
+  // What was loaded, into shared memory.
+  __device__ __forceinline__ void put(int steps) {
     with_flag(p.delta_softplus, [&](auto delta_softplus) {
 #pragma unroll
-      for (int k = 0; k < kRowsPerThread; ++k) {
+      for (int k = 0; k < rows; ++k) {
         A dt[kPack], values[kPack], gate[kPack];
         widen(delta[k], dt);
         widen(input[k], values);
         if (gated) widen(z[k], gate);
+        const bool exists = block.row_of(k) < steps;
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
           dt[j] = time_step(dt[j], bias[j], delta_softplus.value).value;
+          if (exists) dt_sum[j] += dt[j];
           if (!kBackward) values[j] *= dt[j];
           if (gated) values[j] *= silu(gate[j]);
         }
-        store_pairs(dt, values, &memory.dt_and_input[block.row_of(k)][block.column]);
+        memory.dt_and_input.store(block.row_of(k), block.column, dt, values);
       }
     });
-  }
-
-  __device__ __forceinline__ void load_B_or_C(int steps, int64_t first) {
-    Pack<T> loaded[StatesInput<T, kChannels>::rounds] = {};
-    with_flag(scanned_by(p).packs && steps == kCudaTile,
-              [&](auto whole) { B_or_C_input.template load<whole.value>(steps, first, loaded); });
-    B_or_C_input.put(loaded, &memory.B_or_C[0][0]);
   }
 
   // A slice of the states through the tile.
   __device__ __forceinline__ void advance_tile(int steps, int64_t first) {
     const Sequences& sequences = block.sequences;
-    A sum[2] = {};
-    const auto advance_to = [&](int step) { advance(kBackward ? steps - 1 - step : step, sum); };
     for (int step = 0; step < steps;) {
       const int64_t time = begin + (kBackward ? steps - step : step);
       const int64_t boundary = sequences.first_from(kBackward ? time : time + 1);
@@ -140,28 +150,24 @@ struct ChunkLocalScan {
       }
       const int64_t rest = kBackward ? time - first_of_s : end_of_s - time;
       if (step == 0 && steps == kCudaTile && rest >= kCudaTile) {
-        each_step<kUnrolled<A>>(advance_to);
-        break;
+        [[maybe_unused]] constexpr int unrolled = sizeof(A) == 4 ? kCudaTile : 1;
+#pragma unroll unrolled
+        for (int i = 0; i < kCudaTile; ++i) advance(kBackward ? kCudaTile - 1 - i : i);
+        return;
       }
       const int stop = rest < steps - step ? step + int(rest) : steps;
 #pragma unroll 1
-      for (; step < stop; ++step) advance_to(step);
-    }
-    if (first == 0) {
-      dt_sum[0] += sum[0];
-      dt_sum[1] += sum[1];
+      for (; step < stop; ++step) advance(kBackward ? steps - 1 - step : step);
     }
   }
 
-  __device__ __forceinline__ void advance(int step, A (&sum)[2]) {
-    constexpr int held = kStatesHeld<A>;
+  __device__ __forceinline__ void advance(int step) {
     A B_or_C[held], at[4];  // dt and input of both channels
-    load_vectors(memory.B_or_C[step] + block.half * held, B_or_C);
-    load_vectors(memory.dt_and_input[step][block.pair].values, at);
+    load_vectors(memory.B_or_C[step] + block.part * held, B_or_C);
+    memory.dt_and_input.load(step, pair_place, at);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const A dt = at[2 * k], input = at[2 * k + 1];
-      sum[k] += dt;
 #pragma unroll
       for (int n = 0; n < held; ++n) {
         A& value = state.values[k][n];
@@ -171,29 +177,41 @@ struct ChunkLocalScan {
     }
   }
 
+  // The channels' sums of dt over the chunk.
+  __device__ __forceinline__ void store_dt_sum() {
+    store_vectors(dt_sum, &memory.dt_sums[block.row / rows][block.column]);
+    __syncthreads();
+    const int channel = threadIdx.x;
+    if (channel >= block.channels) return;
+    A total = 0;
+    for (const auto& row : memory.dt_sums) total += row[channel];
+    block.channel_row(block.plan.carry_dt, block.chunk_row())[channel] = total;
+  }
+
   const Params<kBackward>& p;
-  const Block<T, kChannels>& block;
-  Memory<A>& memory;
+  const Block& block;
+  Memory<T>& memory;
+  const int pair_place;
   A* carry;
   bool gated, one_slice;
   int64_t tiles, begin;
-  TileInput<T> main_input, delta_input, z_input;
-  StatesInput<T, kChannels> B_or_C_input;
-  bool packs;
-  A bias[kPack], dt_sum[2] = {};
+  TileInput<T, Block> main_input, delta_input, z_input;
+  StatesInput<T, Block, 1> B_or_C_input;
+  bool regular;
+  A bias[kPack], dt_sum[kPack] = {};
   States<A> A_log2e, state;
+  Pack<T> input[rows] = {}, delta[rows] = {}, z[rows] = {}, B_or_C{};
 };
 
 // The final states of the chunk-local scans into the plan's carry, and their sums of dt into
 // carry_dt.
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(kChannels, 1)
+__global__ void __launch_bounds__(CarryBlock<T>::threads, 1)
     chunk_local_kernel(const Params<kBackward> p, const ScanCudaPlan plan) {
-  const Block<T, kChannels> block(p, plan);
+  const CarryBlock<T> block(p, plan);
   // What leaves the row is no chunk's carry-in.
   if (block.chunk == (kBackward ? 0 : plan.chunks - 1)) return;
-  auto& memory = *reinterpret_cast<Memory<Accumulator<T>>*>(shared_memory());
-  ChunkLocalScan<T, kBackward>(p, block, memory).run();
+  ChunkLocalScan<T, kBackward>(p, block).run();
 }
 
 constexpr int kChunksAtOnce = 128;
@@ -256,8 +274,8 @@ __global__ void __launch_bounds__(kChunksAtOnce)
       ChunkMap<A> map = forget;
       // What leaves the last chunk was not computed.
       if (index < plan.chunks - 1) {
-        const int64_t begin = chunk * plan.chunk_tiles * kCudaTile;
-        const int64_t end = min(begin + plan.chunk_tiles * kCudaTile, p.length);
+        const int64_t begin = chunk * plan.chunk_steps;
+        const int64_t end = min(begin + plan.chunk_steps, p.length);
         // The backward's state is replaced where a sequence ends, at the chunk's end included.
         const int64_t boundary = sequences.first_from(kBackward ? begin + 1 : begin);
         const bool forgets = sequences.begin(boundary) < (kBackward ? end + 1 : end);
@@ -278,8 +296,8 @@ void carries(const char* op, const Params<kBackward>& p, const ScanCudaPlan& pla
              cudaStream_t stream) {
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    launch(op, chunk_local_kernel<T, kBackward>, cuda_blocks(p, plan, kChannels), kChannels,
-           sizeof(Memory<Accumulator<T>>), stream, p, plan);
+    launch(op, chunk_local_kernel<T, kBackward>, cuda_blocks(p, plan, kCudaForwardChannels),
+           CarryBlock<T>::threads, sizeof(Memory<T>), stream, p, plan);
   });
   const auto launch_carry_in = [&](auto zero) {
     using A = decltype(zero);

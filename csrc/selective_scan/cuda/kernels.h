@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "selective_scan/params.h"
 
 namespace mambablock {
@@ -11,19 +13,27 @@ namespace mambablock {
 struct ScanCudaPlan {
   const int64_t* boundaries;  // (S+1), of a row's sequences; null without packed ones
   bool reverse;
-  int64_t tiles;                // of a row
-  int64_t chunks, chunk_tiles;  // of a row, each of as many tiles but for the last
+  int64_t saved;                // states of a row that are saved for the backward
+  int64_t chunks, chunk_steps;  // of a row, each of as many steps but for the last
   // (B, chunks, D, N): each chunk's carry-in, the state or in the backward its gradient.
   // Where a block holds only a slice of the states, spill space for the others; may be null.
   void* carry;
   void* carry_dt;  // (B, chunks, D): the sum of dt over a chunk
 };
 
-// Steps of a tile, each with a saved state.
+// Steps of a tile of the forward, of which a chunk has a whole number.
 inline constexpr int kCudaTile = 16;
 
-// The channels of a forward block, a thread for each.
+// Steps between saved states, which are a tile of the backward: it keeps their decays and states in
+// registers. Those of bfloat16 activations are bfloat16 too.
+inline constexpr int kCudaSavedSteps = 8;
+template <class T>
+using SavedState = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, Accumulator<T>>;
+
+// The channels of a block.
 inline constexpr int kCudaForwardChannels = 64;
+template <class A>
+inline constexpr int kCudaBackwardChannels = sizeof(A) == 8 ? 32 : 64;
 
 // Blocks of `channels` channels in one group.
 inline int64_t cuda_blocks_in_group(int64_t group_channels, int channels) {
@@ -35,10 +45,7 @@ inline int64_t cuda_blocks(const SelectiveScanInputs& p, const ScanCudaPlan& pla
 }
 
 // How many states a block holds from tile to tile; the others are in the plan's carry.
-inline int cuda_states_held(DType dtype) { return dtype == DType::float64 ? 4 : 16; }
-
-// The bytes of shared memory that a backward block of `channels` channels needs.
-size_t cuda_backward_shared_memory(DType dtype, int channels);
+inline int cuda_states_held(DType dtype) { return dtype == DType::float64 ? 8 : 16; }
 
 // Fill the plan's carry with the state that enters each chunk, and carry_dt. They are needed where
 // there are several chunks, before the forward and the backward.
@@ -50,8 +57,7 @@ void cuda_backward_carries(const char* op, const SelectiveScanBackward& p, const
 void cuda_forward(const char* op, const SelectiveScanForward& p, const ScanCudaPlan& plan,
                   cudaStream_t stream);
 
-// With blocks of 64 channels, which only 16-bit types have, or of 32.
 void cuda_backward(const char* op, const SelectiveScanBackward& p, const ScanCudaPlan& plan,
-                   int channels, cudaStream_t stream);
+                   cudaStream_t stream);
 
 }  // namespace mambablock

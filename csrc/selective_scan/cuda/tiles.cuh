@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A block takes some channels of one row of the batch through a chunk of time, one tile of
-// kCudaTile steps after the other. Inputs are loaded into shared memory as accumulators.
+// A block takes some channels of one row of the batch through a chunk of time, one tile of steps
+// after the other. Inputs are loaded into shared memory as accumulators.
 //
-// Two neighbouring threads share two neighbouring channels: each holds half of the states of both.
-// Thus B and C are loaded once for two channels, and what both channels need by one access.
+// Four neighbouring threads share two neighbouring channels: each holds a quarter of the states of
+// both. Thus a step's B and C are loaded once for two channels, what both channels need by one
+// access, and the sums over two channels take no access at all.
 #pragma once
 
 #include "common/cuda/packs.cuh"
@@ -13,31 +14,31 @@
 
 namespace mambablock {
 
-// Steps of a tile of which one thread loads the same channels, and the threads that share those.
-inline constexpr int kRowsPerThread = 4;
-inline constexpr int kRowThreads = kCudaTile / kRowsPerThread;
+// The threads that share two channels.
+inline constexpr int kParts = 4;
 
-// States of each of its two channels that a thread holds.
+// States of each of its two channels that a thread holds: an access of shared memory.
 template <class A>
-inline constexpr int kStatesHeld = sizeof(A) == 8 ? 2 : 8;
+inline constexpr int kStatesHeld = 16 / sizeof(A);
 template <class A>
-inline constexpr int kStatesAtOnce = 2 * kStatesHeld<A>;
+inline constexpr int kStatesAtOnce = kParts * kStatesHeld<A>;
 
 // The block's place in the grid, and the thread's in the block. In the recurrence a thread has
-// channels [pair, pair + 2), and sums for channel `own`, which is one of them; in loads and stores
-// of tiles it is the row_thread-th that has channels [column, column + 4), and has the rows from
-// row_of(0) on.
-template <class T, int Channels>
+// channels [pair, pair + 2) and the part-th quarter of their states; in loads and stores of tiles
+// it has channels [column, column + 4) of the rows from row_of(0) on.
+template <class T, int Channels, int Tile>
 struct Block {
   using A = Accumulator<T>;
+  static constexpr int channels_at_once = Channels, tile = Tile;
+  static constexpr int threads = Channels * kParts / 2;
+  static constexpr int rows = Tile * (Channels / kPack) / threads;  // of a thread
 
   __device__ Block(const SelectiveScanInputs& p, const ScanCudaPlan& plan)
       : p(p),
         plan(plan),
-        own(threadIdx.x),
-        half(threadIdx.x & 1),
-        pair(own - half),
-        row_thread(threadIdx.x / (Channels / kPack)),
+        part(threadIdx.x % kParts),
+        pair(threadIdx.x / kParts * 2),
+        row(threadIdx.x / (Channels / kPack) * rows),
         column(threadIdx.x % (Channels / kPack) * kPack) {
     const int64_t per_group = p.group_channels;
     const int64_t in_group = (per_group + Channels - 1) / Channels;
@@ -52,17 +53,26 @@ struct Block {
     channel = group * per_group + first;
     even = per_group % 2 == 0;
     channels = rest < Channels ? int(rest) : Channels;
-    begin = chunk * plan.chunk_tiles * kCudaTile;
-    end = begin + plan.chunk_tiles * kCudaTile;
+    begin = chunk * plan.chunk_steps;
+    end = begin + plan.chunk_steps;
     if (end > p.length) end = p.length;
     sequences = {plan.boundaries, p.sequences, p.length, plan.reverse};
+  }
+
+  // Whether all channels exist, in pairs at even ones, and all states, those of one slice.
+  __device__ bool is_full() const {
+    return channels == Channels && even && p.d_state == kStatesAtOnce<A>;
   }
 
   // The chunk, counted through the whole batch.
   __device__ int64_t chunk_row() const { return batch * plan.chunks + chunk; }
 
   // The k-th row of a tile that the thread loads or stores.
-  __device__ int row_of(int k) const { return row_thread * kRowsPerThread + k; }
+  __device__ int row_of(int k) const { return row + k; }
+
+  __device__ int steps_from(int64_t time) const {
+    return end - time < Tile ? int(end - time) : Tile;
+  }
 
   // A (rows, D) or (rows, D, N) tensor's values at the block's first channel.
   __device__ A* channel_row(void* data, int64_t row, int64_t size = 1) const {
@@ -79,7 +89,7 @@ struct Block {
   const SelectiveScanInputs& p;
   const ScanCudaPlan& plan;
   Sequences sequences;
-  int own, half, pair, row_thread, column;
+  int part, pair, row, column;
   int64_t batch, chunk, group, index_in_group;
   int64_t channel;  // of the block's first
   int channels;
@@ -92,10 +102,6 @@ struct Block {
   }
 };
 
-__device__ __forceinline__ int steps_from(int64_t begin, int64_t end) {
-  return end - begin < kCudaTile ? int(end - begin) : kCudaTile;
-}
-
 // Calls function(first) for each slice of the states, as many as a block holds; one is a frequent
 // case.
 template <bool kOneSlice, class A, class F>
@@ -107,24 +113,14 @@ __device__ __forceinline__ void each_slice(int64_t d_state, F function) {
   }
 }
 
-// Steps for which loops over a tile are unrolled; float64 takes many registers.
-template <class A>
-inline constexpr int kUnrolled = sizeof(A) == 8 ? 1 : 8;
-
-// Calls function(step) for all steps of a tile, in a loop whose length the compiler knows.
-template <int kUnroll, class F>
-__device__ __forceinline__ void each_step(F function) {
-#pragma unroll kUnroll
-  for (int step = 0; step < kCudaTile; ++step) function(step);
-}
-
 // The rows of a tile of a (B, L, D) tensor that a thread loads or stores.
-template <class T, class Pointer>
+template <class Block, class Pointer>
 struct TileRows {
-  template <int Channels>
-  __device__ TileRows(const Block<T, Channels>& block, Pointer tensor, int64_t batch, int64_t time,
+  static constexpr int rows = Block::rows;
+
+  __device__ TileRows(const Block& block, Pointer tensor, int64_t batch, int64_t time,
                       int64_t channel, int64_t begin)
-      : row(block.row_of(0)),
+      : row(block.row),
         count(block.channels - block.column),
         time(time),
         channel(channel),
@@ -134,13 +130,12 @@ struct TileRows {
   // To the tile that begins so many steps later.
   __device__ __forceinline__ void move(int64_t steps) { place += steps * time; }
 
-  // Calls function(k, place) for `kRows` rows from the first-th on.
-  template <int kRows, class F>
-  __device__ __forceinline__ void each(int first, int64_t spacing, F function) const {
+  // Calls function(k, place) for each row.
+  template <class F>
+  __device__ __forceinline__ void each(int64_t spacing, F function) const {
     Pointer at = place;
-    if (kRows < kRowsPerThread) at += not_hoisted(spacing) * first;
 #pragma unroll
-    for (int k = 0; k < kRows; ++k, at += spacing) function(k, at);
+    for (int k = 0; k < rows; ++k, at += spacing) function(k, at);
   }
 
   __device__ __forceinline__ bool exists(int k, int steps) const { return row + k < steps; }
@@ -150,141 +145,133 @@ struct TileRows {
   Pointer place;
 };
 
-template <class T>
-struct TileInput : TileRows<T, const T*> {
-  template <int Channels>
-  __device__ TileInput(const Block<T, Channels>& block, const InputView& input, int64_t begin)
-      : TileRows<T, const T*>(block, static_cast<const T*>(input.data), input.batch, input.time,
-                              input.channel, begin),
+template <class T, class Block>
+struct TileInput : TileRows<Block, const T*> {
+  static constexpr int rows = Block::rows;
+
+  __device__ TileInput(const Block& block, const InputView& input, int64_t begin)
+      : TileRows<Block, const T*>(block, static_cast<const T*>(input.data), input.batch, input.time,
+                                  input.channel, begin),
         input(input) {}
 
   __device__ __forceinline__ bool in_packs() const {
     return input.packs == PackDimension::kChannels;
   }
 
-  // Rows from the first-th on. kWhole tells that the tile has all steps and packs of channels. Rows
-  // of channels that do not exist must be 0 before.
-  template <bool kWhole, int kRows>
-  __device__ __forceinline__ void load(int steps, int first, Pack<T> (&rows)[kRows]) const {
-    if constexpr (kWhole) {
-      load_packs(this->time, first, rows);
-    } else if (steps == kCudaTile && in_packs()) {
-      load_packs(not_hoisted(this->time), first, rows);
-    } else if (steps == kCudaTile && input.packs == PackDimension::kSteps) {
-      load_along_time<T>(this->place + first, not_hoisted(this->channel), this->count, rows);
+  // kRegular tells that the tile has all steps and channels, these in packs. Rows of channels that
+  // do not exist must be 0 before.
+  template <bool kRegular>
+  __device__ __forceinline__ void load(int steps, Pack<T> (&loaded)[rows]) const {
+    if constexpr (kRegular) {
+      this->each(this->time, [&](int k, const T* source) { loaded[k] = Pack<T>::load(source); });
+    } else if (steps == Block::tile && in_packs()) {
+      this->each(not_hoisted(this->time), [&](int k, const T* source) {
+        if (this->count > 0) loaded[k] = Pack<T>::load(source);
+      });
+    } else if (rows > 1 && steps == Block::tile && input.packs == PackDimension::kSteps) {
+      load_along_time<T>(this->place, not_hoisted(this->channel), this->count, loaded);
     } else {
       const int64_t stride = not_hoisted(this->channel);
-      this->template each<kRows>(first, not_hoisted(this->time), [&](int k, const T* source) {
+      this->each(not_hoisted(this->time), [&](int k, const T* source) {
         AlignedVector<T, kPack> pack{};
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
-          if (this->exists(first + k, steps) && j < this->count) {
-            pack.values[j] = source[j * stride];
-          }
+          if (this->exists(k, steps) && j < this->count) pack.values[j] = source[j * stride];
         }
-        rows[k] = bit_cast<Pack<T>>(pack);
+        loaded[k] = bit_cast<Pack<T>>(pack);
       });
     }
   }
 
  private:
-  template <int kRows>
-  __device__ __forceinline__ void load_packs(int64_t time, int first,
-                                             Pack<T> (&rows)[kRows]) const {
-    this->template each<kRows>(first, time, [&](int k, const T* source) {
-      if (this->count > 0) rows[k] = Pack<T>::load(source);
-    });
-  }
-
   const InputView& input;
 };
 
-template <class T>
-struct TileOutput : TileRows<T, T*> {
-  template <int Channels>
-  __device__ TileOutput(const Block<T, Channels>& block, const OutputView& output, int64_t begin)
-      : TileRows<T, T*>(block, static_cast<T*>(output.data), output.batch, output.time, 1, begin) {}
+template <class T, class Block>
+struct TileOutput : TileRows<Block, T*> {
+  static constexpr int rows = Block::rows;
 
-  template <bool kWhole, int kRows>
-  __device__ __forceinline__ void store(int steps, int first, const Pack<T> (&rows)[kRows]) const {
-    if constexpr (kWhole) {
-      this->template each<kRows>(first, this->time, [&](int k, T* target) {
-        if (this->count > 0) rows[k].store(target);
-      });
+  __device__ TileOutput(const Block& block, const OutputView& output, int64_t begin)
+      : TileRows<Block, T*>(block, static_cast<T*>(output.data), output.batch, output.time, 1,
+                            begin) {}
+
+  template <bool kRegular>
+  __device__ __forceinline__ void store(int steps, const Pack<T> (&packs)[rows]) const {
+    if constexpr (kRegular) {
+      this->each(this->time, [&](int k, T* target) { packs[k].store(target); });
     } else {
-      this->template each<kRows>(first, not_hoisted(this->time), [&](int k, T* target) {
-        const auto pack = bit_cast<AlignedVector<T, kPack>>(rows[k]);
+      this->each(not_hoisted(this->time), [&](int k, T* target) {
+        const auto pack = bit_cast<AlignedVector<T, kPack>>(packs[k]);
 #pragma unroll
         for (int j = 0; j < kPack; ++j) {
-          if (this->exists(first + k, steps) && j < this->count) target[j] = pack.values[j];
+          if (this->exists(k, steps) && j < this->count) target[j] = pack.values[j];
         }
       });
     }
   }
 };
 
-// B or C of the block's group, a tile at a time; a thread loads the same states of some steps.
-template <class T, int Channels>
+// B and C of the block's group, or one of them, a tile at a time; a thread loads some states of one
+// step of one of them.
+template <class T, class Block, int kInputs>
 struct StatesInput {
-  static constexpr int states = kStatesAtOnce<Accumulator<T>>;
+  using A = Accumulator<T>;
+  static constexpr int states = kStatesAtOnce<A>;
   static constexpr int packs_per_step = states / kPack;
-  static constexpr int steps_at_once = Channels / packs_per_step;
-  static constexpr int rounds = (kCudaTile + steps_at_once - 1) / steps_at_once;
+  static constexpr int packs = Block::tile * packs_per_step;
+  static_assert(kInputs * packs <= Block::threads);
 
-  __device__ StatesInput(const Block<T, Channels>& block, const GroupedView& input, int64_t begin)
-      : time(input.time),
-        stride(input.state),
-        d_state(block.p.d_state),
-        step(threadIdx.x / packs_per_step),
+  __device__ StatesInput(const Block& block, const GroupedView& B, const GroupedView& C,
+                         int64_t begin)
+      : input(threadIdx.x / packs),
+        step(threadIdx.x % packs / packs_per_step),
         state(threadIdx.x % packs_per_step * kPack),
-        data(static_cast<const T*>(input.data) + block.batch * input.batch +
-             block.group * input.group + (begin + step) * time + state * stride) {}
+        d_state(block.p.d_state),
+        time(input == 0 ? B.time : C.time),
+        stride(input == 0 ? B.state : C.state),
+        data(static_cast<const T*>(input == 0 ? B.data : C.data) +
+             block.batch * (input == 0 ? B.batch : C.batch) +
+             block.group * (input == 0 ? B.group : C.group) + (begin + step) * time +
+             state * stride) {}
 
   // To the tile that begins so many steps later.
   __device__ __forceinline__ void move(int64_t steps) { data += steps * time; }
 
-  // States [first, first + kStatesAtOnce) of a tile's steps; kWhole as above. Those that do not
-  // exist must be 0 before.
-  template <bool kWhole>
-  __device__ __forceinline__ void load(int steps, int64_t first, Pack<T> (&loaded)[rounds]) const {
+  // States [first, first + kStatesAtOnce); kRegular tells that the tile has all steps and states,
+  // these in packs.
+  template <bool kRegular>
+  __device__ __forceinline__ Pack<T> load(int steps, int64_t first) const {
+    if (!loads()) return {};
     const T* source = data;
     if (first > 0) source += first * stride;
-    if constexpr (kWhole) {
-#pragma unroll
-      for (int round = 0; round < rounds; ++round, source += steps_at_once * time) {
-        const bool exists = steps_at_once <= kCudaTile || step < kCudaTile;
-        if (exists && first + state < d_state) loaded[round] = Pack<T>::load(source);
-      }
+    if constexpr (kRegular) {
+      return Pack<T>::load(source);
     } else {
       const int64_t exist = not_hoisted(d_state) - first - state, next = not_hoisted(stride);
+      AlignedVector<T, kPack> values{};
 #pragma unroll
-      for (int round = 0; round < rounds; ++round, source += steps_at_once * time) {
-        AlignedVector<T, kPack> values{};
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-          if (step + round * steps_at_once < steps && j < exist) {
-            values.values[j] = source[j * next];
-          }
-        }
-        loaded[round] = bit_cast<Pack<T>>(values);
+      for (int j = 0; j < kPack; ++j) {
+        if (step < steps && j < exist) values.values[j] = source[j * next];
       }
+      return bit_cast<Pack<T>>(values);
     }
   }
 
-  // Into shared memory: [step][state].
-  __device__ __forceinline__ void put(const Pack<T> (&loaded)[rounds], Accumulator<T>* tile) const {
-#pragma unroll
-    for (int round = 0; round < rounds; ++round) {
-      const int at = step + round * steps_at_once;
-      if (steps_at_once > kCudaTile && at >= kCudaTile) break;
-      Accumulator<T> values[kPack];
-      widen(loaded[round], values);
-      store_vectors(values, tile + at * states + state);
-    }
+  // Into shared memory: [input][step][state].
+  __device__ __forceinline__ void put(const Pack<T>& loaded, A* tile) const {
+    if (!loads()) return;
+    A values[kPack];
+    widen(loaded, values);
+    store_vectors(values, tile + (input * Block::tile + step) * states + state);
   }
 
-  int64_t time, stride, d_state;
-  int step, state;
+  // Whether there is something for the thread.
+  __device__ __forceinline__ bool loads() const {
+    return kInputs * packs == Block::threads || input < kInputs;
+  }
+
+  int input, step, state;
+  int64_t d_state, time, stride;
   const T* data;
 };
 
