@@ -3,6 +3,7 @@
 // Runs the threads of a block as fibers, in an order drawn from a seed.
 #include "emulation/block.h"
 
+#include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "races.h"
 
 namespace mambablock_emulation {
 namespace {
@@ -50,6 +52,7 @@ struct Device {
   unsigned waiting, exited;
   std::exception_ptr error;
   std::unique_ptr<char[]> shared;
+  RaceDetector races;
   void (*body)(void*);
   void* context;
 } device;
@@ -177,6 +180,7 @@ void run_block(uint3 index, size_t shared_bytes, std::mt19937& random) {
   device.ready.clear();
   device.waiting = device.exited = 0;
   device.error = nullptr;
+  device.races.start_block(device.thread_count);
   for (unsigned i = 0; i < device.thread_count; ++i) {
     Thread& thread = *device.threads[i];
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
@@ -189,6 +193,7 @@ void run_block(uint3 index, size_t shared_bytes, std::mt19937& random) {
     device.ready.pop_back();
     threadIdx = device.current->index;
     device.current->fiber.resume();
+    device.current = nullptr;
     if (device.error) std::rethrow_exception(device.error);
   }
   if (device.exited < device.thread_count) fail_divergent();
@@ -213,6 +218,7 @@ void sync_block(const char* what, const Place& place) {
       if (!same_place(*device.threads[i], self)) fail_divergent();
     }
     device.waiting = 0;
+    device.races.block_synced();
     for (unsigned i = 0; i < device.thread_count; ++i) make_ready(*device.threads[i]);
   }
   self.fiber.yield();
@@ -245,7 +251,11 @@ uint64_t sync_warp(WarpOp op, unsigned mask, uint64_t bits, int operand, int wid
   for (unsigned lane = 0; lane < 32; ++lane) {
     all = all && (!(mask >> lane & 1) || same_wait(*device.threads[first + lane], self));
   }
-  if (all) finish_warp_op(&device.threads[first], mask);
+  if (all) {
+    // Shuffles and votes order no accesses to memory.
+    if (op == WarpOp::sync) device.races.warp_synced(first, mask);
+    finish_warp_op(&device.threads[first], mask);
+  }
   self.fiber.yield();
   return self.bits;
 }
@@ -259,6 +269,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
     device.threads.push_back(std::make_unique<Thread>());
   }
   device.shared = std::make_unique_for_overwrite<char[]>(shared_bytes);
+  device.races.start_launch(device.shared.get(), shared_bytes);
   device.body = body;
   device.context = context;
   std::mt19937 random(seed());
@@ -272,3 +283,56 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
 }
 
 }  // namespace mambablock_emulation
+
+// What the thread sanitizer's instrumentation calls. The thread that is wrong ends here, since code
+// compiled so expects no exception from these.
+namespace {
+
+using namespace mambablock_emulation;
+
+void check_access(const void* address, size_t bytes, bool is_write, const void* caller) {
+  Thread* const self = device.current;
+  if (self == nullptr || self->fiber.owns(address)) return;
+  const std::string problem = device.races.access(address, bytes, is_write, thread_rank());
+  if (problem.empty()) return;
+  std::ostringstream message;
+  Dl_info library{};
+  dladdr(caller, &library);
+  message << "CUDA emulation: block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z
+          << "), thread (" << threadIdx.x << ", " << threadIdx.y << ", " << threadIdx.z
+          << "): a race: it " << problem << ", at " << library.dli_fname << "+0x" << std::hex
+          << static_cast<const char*>(caller) - static_cast<const char*>(library.dli_fbase);
+  device.error = std::make_exception_ptr(std::runtime_error(message.str()));
+  self->fiber.exit();
+}
+
+}  // namespace
+
+#define MAMBABLOCK_EMULATION_ACCESS(name, bytes, is_write)               \
+  extern "C" void __tsan_##name(void* address) {                         \
+    check_access(address, bytes, is_write, __builtin_return_address(0)); \
+  }
+#define MAMBABLOCK_EMULATION_ACCESSES(bytes)                       \
+  MAMBABLOCK_EMULATION_ACCESS(read##bytes, bytes, false)           \
+  MAMBABLOCK_EMULATION_ACCESS(write##bytes, bytes, true)           \
+  MAMBABLOCK_EMULATION_ACCESS(unaligned_read##bytes, bytes, false) \
+  MAMBABLOCK_EMULATION_ACCESS(unaligned_write##bytes, bytes, true)
+MAMBABLOCK_EMULATION_ACCESSES(1)
+MAMBABLOCK_EMULATION_ACCESSES(2)
+MAMBABLOCK_EMULATION_ACCESSES(4)
+MAMBABLOCK_EMULATION_ACCESSES(8)
+MAMBABLOCK_EMULATION_ACCESSES(16)
+MAMBABLOCK_EMULATION_ACCESS(vptr_read, sizeof(void*), false)
+
+extern "C" {
+void __tsan_read_range(void* address, size_t bytes) {
+  check_access(address, bytes, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t bytes) {
+  check_access(address, bytes, true, __builtin_return_address(0));
+}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+}

@@ -27,6 +27,10 @@ Fiber::Fiber() {
 
 Fiber::~Fiber() { munmap(stack_ - kGuardBytes, kGuardBytes + kStackBytes); }
 
+bool Fiber::owns(const void* address) const {
+  return size_t(static_cast<const char*>(address) - stack_) < kStackBytes;
+}
+
 #if defined(__x86_64__)
 
 // glibc's swapcontext makes a system call, which costs forty times this: saves what a call must

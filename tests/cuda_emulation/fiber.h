@@ -20,6 +20,9 @@ class Fiber {
   // Forgets what the fiber was at; the next resume begins entry(), which must end in exit().
   void start(void (*entry)());
 
+  // Whether an address is on the fiber's stack.
+  bool owns(const void* address) const;
+
   // From the host's stack: runs the fiber until it yields or exits.
   void resume();
 

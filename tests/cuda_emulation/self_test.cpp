@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Holds the emulation itself: right kernels run right, and each kind of wrong one is caught.
+// Holds the emulation itself: right kernels run right, and each kind of wrong one is caught. Under
+// the address sanitizer there is no race detector, and races show in results alone.
 #include <cuda_runtime.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,6 +15,7 @@
 #include <cub/warp/warp_scan.cuh>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -85,10 +87,12 @@ bool mirrors() {
   return right;
 }
 
+#if !defined(__SANITIZE_THREAD__)
 __global__ void poisoned(float* output) {
   output[threadIdx.x] = shared<float>()[threadIdx.x];
   shared<float>()[threadIdx.x] = 1;
 }
+#endif
 
 __global__ void shuffles(double* sums, int* others) {
   const int rank = int(threadIdx.x + blockDim.x * threadIdx.y);
@@ -222,6 +226,87 @@ void test_divergence() {
                {"lane 0 reads lane 16, which is not in the mask, in __shfl_xor_sync"});
 }
 
+#if defined(__SANITIZE_THREAD__)
+float across_blocks[2 * kThreads];
+
+// Reads its neighbour's value of the tile before, while the next one goes to the other buffer.
+template <bool RIGHT>
+void double_buffered() {
+  float* buffers = shared<float>();
+  constexpr int half = kThreads / 2;
+  if (threadIdx.x >= half) return;
+  buffers[threadIdx.x] = 0;
+  for (int tile = 1; tile < 4; ++tile) {
+    __syncthreads();
+    const float read = buffers[(tile - 1) % 2 * half + (threadIdx.x + 32) % half];
+    buffers[(RIGHT ? tile % 2 : (tile - 1) % 2) * half + threadIdx.x] = read + 1;
+  }
+}
+
+void test_races() {
+  const auto mirrored = [](auto before_read, auto before_write) {
+    try {
+      return mirrors<before_read.value, before_write.value>() ? std::string() : "other values";
+    } catch (const std::runtime_error& error) {
+      return std::string(error.what());
+    }
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  expect_error(mirrored(no, yes), {"a race: it ", "of shared memory"});
+  expect_error(mirrored(yes, no), {"a race: it ", "of shared memory"});
+  expect(mirrored(yes, yes).empty(), "no race where there are both barriers");
+
+  const auto through_warp = [](auto synced) {
+    return error_of([] {
+      float* values = shared<float>();
+      values[threadIdx.x] = 1;
+      if (decltype(synced)::value) __syncwarp();
+      // A shuffle orders no memory.
+      __shfl_xor_sync(kAll, 1.0f, 1);
+      if (values[threadIdx.x ^ 1] != 1) __syncthreads();
+    });
+  };
+  expect_error(through_warp(no), {"a race: it reads 4 bytes of shared memory"});
+  expect(through_warp(yes).empty(), "__syncwarp orders the accesses of a warp");
+
+  expect_error(error_of(double_buffered<false>, kThreads / 2), {"a race: it ", "of shared memory"});
+  expect(error_of(double_buffered<true>, kThreads / 2).empty(), "a double buffer is no race");
+
+  const auto blocks = [](auto apart) {
+    return error_of([] {
+      across_blocks[(decltype(apart)::value ? blockIdx.x * kThreads : 0) + threadIdx.x] = 1;
+    });
+  };
+  expect_error(blocks(no), {"a race: it writes 4 bytes of memory, which another block"});
+  expect(blocks(yes).empty(), "blocks that write apart are no race");
+  expect_error(error_of([] {
+                 if (threadIdx.x == 0 && blockIdx.x == 0) across_blocks[0] = 1;
+                 if (blockIdx.x == 1 && across_blocks[0] == 2) across_blocks[1] = 1;
+               }),
+               {"a race: it ", " of memory, which another block of the launch "});
+
+  expect_error(error_of([] {
+                 if (threadIdx.x % 32 < 31) __shfl_xor_sync(kAll, 1.0f, 1);
+               }),
+               {"__shfl_xor_sync"});
+
+  // What another block wrote is none of this one's.
+  expect_error(error_of([] {
+                 float& value = shared<float>()[threadIdx.x];
+                 if (blockIdx.x == 0) value = 0;
+                 if (blockIdx.x == 1 && value == 1) value = 2;
+               }),
+               {"a race: it reads 4 bytes of shared memory", "which no thread of the block wrote"});
+  expect_error(error_of([] {
+                 if (threadIdx.x % 2 == 0) shared<float>()[threadIdx.x] = 0;
+                 __syncthreads();
+                 if (shared<float>()[threadIdx.x] == 1) __syncthreads();
+               }),
+               {"a race: it reads 4 bytes of shared memory", "which no thread of the block wrote"});
+}
+#endif
+
 __global__ void nothing() {}
 
 void test_launches() {
@@ -264,15 +349,21 @@ int main() {
   for (const char* seed : {"0", "1", "2", "3", "4"}) {
     setenv("MAMBABLOCK_EMULATION_SEED", seed, 1);
     expect((mirrors<true, true>()), "tiles mirrored through shared memory");
+#if defined(__SANITIZE_THREAD__)
+    test_races();
+#else
     expect(!(mirrors<false, true>()), "a missing __syncthreads before reading shows");
     expect(!(mirrors<true, false>()), "a missing __syncthreads before writing shows");
+#endif
     test_shuffles();
     test_collectives();
     test_divergence();
   }
+#if !defined(__SANITIZE_THREAD__)
   std::vector<float> seen(kThreads);
   launch(dim3(kBlocks), dim3(kThreads), kThreads * sizeof(float), poisoned, seen.data());
   for (const float value : seen) expect(std::isnan(value), "shared memory is NaN at first");
+#endif
   test_launches();
 #if defined(__SANITIZE_ADDRESS__)
   test_overrun();
