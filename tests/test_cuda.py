@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -34,6 +37,34 @@ def test_emulated_kernels_are_in_place(overload: torch._ops.OpOverload) -> None:
     # The first kernel of a key is the active one.
     kernels = torch._C._dispatch_dump(overload.name()).split("\nCPU")
     assert "registered at emulated/csrc/" in kernels[1]
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("version", "got"), [(12080, "one for CUDA 12.8"), (0, "no driver"), (13010, None)]
+)
+def test_a_driver_too_old_is_one_sentence(version: int, got: str | None) -> None:
+    """In a process of its own, since a driver is checked once."""
+    program = (
+        "import sys, torch, mambablock\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "mambablock.causal_conv1d(torch.ones(1, 2, 3), torch.ones(3, 4))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, os.environ["MAMBABLOCK_EMULATION"]],
+        env=os.environ | {"MAMBABLOCK_EMULATION_DRIVER": str(version)},
+        capture_output=True,
+        text=True,
+    )
+    last = result.stderr.strip().split("\n")[-1]
+    if got is None:
+        assert result.returncode == 0
+    else:
+        assert last == (
+            "RuntimeError: mambablock: the NVIDIA driver must be one for CUDA 13.0 or newer, since "
+            f"the library was built with CUDA 13.0; got {got}; update the driver, or build "
+            "mambablock with an older nvcc"
+        )
 
 
 def packed_results(op: Operator, values: list[int], reverse: bool) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 // The emulated device is the CPU: it needs no guard and has one stream.
 #include "common/host/cuda_context.h"
 
+#include "common/host/cuda_driver.h"
+
 namespace mambablock {
 namespace {
 
@@ -16,7 +18,7 @@ int64_t attribute(cudaDeviceAttr name) {
 
 struct CudaContext::Guard {};
 
-CudaContext::CudaContext(const torch::stable::Tensor&) {}
+CudaContext::CudaContext(const torch::stable::Tensor&) { check_driver(); }
 
 CudaContext::~CudaContext() = default;
 

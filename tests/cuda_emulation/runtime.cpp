@@ -58,6 +58,11 @@ cudaError_t cudaSetDevice(int device) {
   return result(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = variable("MAMBABLOCK_EMULATION_DRIVER", CUDART_VERSION);
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return result(cudaErrorInvalidDevice);
   switch (attribute) {

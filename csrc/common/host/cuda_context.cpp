@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/host/cuda_driver.h"
+
 namespace mambablock {
 namespace {
 
@@ -30,6 +32,7 @@ struct CudaContext::Guard {
 
 CudaContext::CudaContext(const torch::stable::Tensor& tensor)
     : guard_(std::make_unique<Guard>(tensor.get_device_index())) {
+  check_driver();
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) !=
       AOTI_TORCH_SUCCESS) {

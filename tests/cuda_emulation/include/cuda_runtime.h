@@ -21,6 +21,8 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ the_emulation_has_dynamic_shared_memory_alone
 
+#define CUDART_VERSION 13000
+
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -63,6 +65,9 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
+
+// What MAMBABLOCK_EMULATION_DRIVER says, by default as CUDART_VERSION.
+cudaError_t cudaDriverGetVersion(int* version);
 
 // MAMBABLOCK_EMULATION_MULTIPROCESSORS and MAMBABLOCK_EMULATION_SHARED_MEMORY, the most bytes that
 // a block may opt in to, are read at each call.
