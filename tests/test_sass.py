@@ -8,7 +8,7 @@ from tools.sass import EMULATION, LIBRARY
 from tools.sass.account import accounts
 from tools.sass.launches import Problem, record
 from tools.sass.listing import Kernel, MissingToolError, find_tools, read_kernels
-from tools.sass.machine import Device
+from tools.sass.machine import Device, blocks_per_multiprocessor
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +55,19 @@ def test_budgets(kernels: list[Kernel], operator: str, issued: float, exps: floa
     found = accounts(kernels, launches[operator], 90, problem)
     assert sum(account.issued for account in found) <= issued
     assert sum(account.exps for account in found) <= exps
+
+
+@pytest.mark.parametrize(
+    ("operator", "least"), [("forward", 2), ("backward", 2), ("convolution", 2)]
+)
+def test_blocks_fit_side_by_side(kernels: list[Kernel], operator: str, least: int) -> None:
+    """So that one block's schedulers have work while another's wait, on every architecture whose
+    multiprocessors have the room (86, 89 and 120 have 100 KiB of shared memory)."""
+    if not EMULATION.exists():
+        pytest.skip("needs the emulated kernels, which make cuda-check builds")
+    (launches,) = record(EMULATION, [Problem()], Device().multiprocessors)
+    for kernel in kernels:
+        for launch in launches[operator]:
+            if kernel.name == launch.kernel and kernel.architecture not in (75, 86, 89, 120):
+                fit = blocks_per_multiprocessor(kernel, launch.threads, launch.dynamic_shared)
+                assert fit >= least, f"{kernel.name} on sm_{kernel.architecture}"

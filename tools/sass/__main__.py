@@ -113,7 +113,7 @@ def print_accounts(
 def occupancy_table(kernels: list[Kernel], launches: dict[str, list[Launch]]) -> Table:
     table = Table(
         title="Blocks that a multiprocessor has room for",
-        caption="By registers, shared memory and warps, of the blocks that bfloat16 is launched in.",
+        caption="By registers, shared memory and warps, of the blocks of a bfloat16 launch.",
     )
     table.add_column("kernel")
     for name in ("threads", "shared", *(f"sm_{a}" for a in CAPACITIES)):
@@ -138,7 +138,7 @@ def simulated_table(device: Device) -> Table:
         caption="Clocks of a scheduler for 512 state-steps, over whole tiles: with so many warps a "
         "scheduler, and as launched. The time is that of the whole launch. Assumed: "
         f"{device.multiprocessors} multiprocessors at {device.clock / 1e9:.2f} GHz; "
-        f"{device.attained:.0%} of {device.bandwidth / 1e12:.2f} TB/s; latencies in clocks {assumed}.",
+        f"{device.attained:.0%} of {device.bandwidth / 1e12:.2f} TB/s; latencies {assumed}.",
     )
     for name in ("problem", "operator", "kernel"):
         table.add_column(name)
