@@ -42,44 +42,67 @@ struct BackwardStepInputs {
   A dy[2];
 };
 
-// The states of a tile on their way forward and back.
-template <class T>
-class BackwardSteps {
+// The states of a tile on their way forward and back. Those and the decays of kKept steps at a time
+// are kept in registers.
+template <class T, int kKept>
+class BackwardStates {
   using A = Accumulator<T>;
   using Block = BackwardBlock<T>;
   using Memory = BackwardMemory<T>;
   static constexpr int held = kStatesHeld<A>;
 
  public:
-  __device__ BackwardSteps(const Block& block, Memory& memory)
-      : block(block), memory(memory), pair_place(memory.dt_and_dtu.place(block.pair)) {}
+  __device__ BackwardStates(const Block& block, Memory& memory)
+      : block(block), memory(memory), pair_place(PairTile<A, Block>::place(block.pair)) {}
 
-  // The states of steps [low, high), from the one on entering them; what they add to dC.
-  template <bool kWhole, bool kGated, bool kAdd>
-  __device__ __forceinline__ void recompute(States<A>& h, int low, int high) {
+  // The states of all steps, from the one on entering them; what they add to dC.
+  template <bool kGated>
+  __device__ __forceinline__ void recompute(States<A>& h) {
+    static_assert(kKept == kCudaSavedSteps);
     BackwardStepInputs<A> inputs = step_inputs(0);
 #pragma unroll
-    for (int step = 0; step < kCudaSavedSteps; ++step) {
+    for (int step = 0; step < kKept; ++step) {
       const BackwardStepInputs<A> now = inputs;
       // Read before the stores that follow, which the compiler could not know to be elsewhere.
-      inputs = step_inputs((step + 1) % kCudaSavedSteps);
-      if (!kWhole && (step < low || step >= high)) continue;
-      recompute_step<kGated, kAdd>(step, now, h);
+      inputs = step_inputs((step + 1) % kKept);
+      recompute_step<kGated, false>(step, step, now, h);
     }
   }
 
-  // The gradient from step high - 1 to step low, which have just been recomputed. Calls between()
+  // The gradient from the last step to the first, which have just been recomputed. Calls between()
   // once registers have become free.
-  template <bool kWhole, bool kAdd, class F>
-  __device__ __forceinline__ void reverse(int low, int high, F between) {
-    BackwardStepInputs<A> inputs = step_inputs(kCudaSavedSteps - 1);
+  template <class F>
+  __device__ __forceinline__ void reverse(F between) {
+    BackwardStepInputs<A> inputs = step_inputs(kKept - 1);
 #pragma unroll
-    for (int step = kCudaSavedSteps - 1; step >= 0; --step) {
+    for (int step = kKept - 1; step >= 0; --step) {
       const BackwardStepInputs<A> now = inputs;
       inputs = step_inputs(step > 0 ? step - 1 : 0);
-      if (step == kCudaSavedSteps / 2 - 1) between();
-      if (!kWhole && (step < low || step >= high)) continue;
-      reverse_step<kAdd>(step, now);
+      if (step == kKept / 2 - 1) between();
+      reverse_step<false>(step, step, now);
+    }
+  }
+
+  // The gradient from step high - 1 to step low, given the state on entering step low.
+  template <bool kGated, bool kAdd>
+  __device__ __forceinline__ void reverse_some(const States<A>& entering, int low, int high) {
+#pragma unroll 1
+    for (int first = (high - 1) / kKept * kKept; first + kKept > low; first -= kKept) {
+      States<A> h = entering;
+#pragma unroll 1
+      for (int step = low; step < first; ++step) advance(step, h);
+#pragma unroll
+      for (int i = 0; i < kKept; ++i) {
+        const int step = first + i;
+        if (step >= low && step < high) {
+          recompute_step<kGated, kAdd>(step, i, step_inputs(step), h);
+        }
+      }
+#pragma unroll
+      for (int i = kKept - 1; i >= 0; --i) {
+        const int step = first + i;
+        if (step >= low && step < high) reverse_step<kAdd>(step, i, step_inputs(step));
+      }
     }
   }
 
@@ -97,13 +120,27 @@ class BackwardSteps {
     return inputs;
   }
 
+  __device__ __forceinline__ void advance(int step, States<A>& h) const {
+    const BackwardStepInputs<A> inputs = step_inputs(step);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < held; ++i) {
+        A& state = h.values[k][i];
+        state = exp2(inputs.at[2 * k] * A_log2e.values[k][i]) * state +
+                inputs.at[2 * k + 1] * inputs.B[i];
+      }
+    }
+  }
+
   template <bool kGated, bool kAdd>
-  __device__ __forceinline__ void recompute_step(int step, const BackwardStepInputs<A>& inputs,
+  __device__ __forceinline__ void recompute_step(int step, int place,
+                                                 const BackwardStepInputs<A>& inputs,
                                                  States<A>& h) {
-    AlignedVector<A, 2>* const place =
+    AlignedVector<A, 2>* const y_place =
         reinterpret_cast<AlignedVector<A, 2>*>(&memory.y.parts[block.part].at[step][block.pair]);
     AlignedVector<A, 2> y{};
-    if constexpr (kGated && kAdd) y = *place;
+    if constexpr (kGated && kAdd) y = *y_place;
     typename Memory::Vector dC{};
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -112,19 +149,20 @@ class BackwardSteps {
       for (int i = 0; i < held; ++i) {
         A& state = h.values[k][i];
         const A decay = exp2(dt * A_log2e.values[k][i]);
-        decays[step][k][i] = decay;
-        before[step][k][i] = state;
+        decays[place][k][i] = decay;
+        before[place][k][i] = state;
         state = decay * state + dtu * inputs.B[i];
         if constexpr (kGated) y.values[k] += state * inputs.C[i];
         dC.values[i] += inputs.dy[k] * state;
       }
     }
-    if constexpr (kGated) *place = y;
+    if constexpr (kGated) *y_place = y;
     memory.dB_and_dC[step][1][threadIdx.x] = dC;
   }
 
   template <bool kAdd>
-  __device__ __forceinline__ void reverse_step(int step, const BackwardStepInputs<A>& inputs) {
+  __device__ __forceinline__ void reverse_step(int step, int place,
+                                               const BackwardStepInputs<A>& inputs) {
     A(&total)
     [4] = reinterpret_cast<A(&)[4]>(memory.sums.parts[block.part].tile.at[step][pair_place].values);
     A sums[4] = {};  // g B and A log2(e) a g h_{t-1} of both channels
@@ -139,8 +177,8 @@ class BackwardSteps {
         const A g = inputs.C[i] * inputs.dy[k] + a_g_next;
         dB.values[i] += g * dtu;
         sums[2 * k] += g * inputs.B[i];
-        a_g_next = decays[step][k][i] * g;
-        const A a_g_h = a_g_next * before[step][k][i];
+        a_g_next = decays[place][k][i] * g;
+        const A a_g_h = a_g_next * before[place][k][i];
         sums[2 * k + 1] += a_g_h * A_log2e.values[k][i];
         dA.values[k][i] += a_g_h * dt;
       }
@@ -152,7 +190,7 @@ class BackwardSteps {
   const Block& block;
   Memory& memory;
   const int pair_place;
-  A decays[kCudaSavedSteps][2][held], before[kCudaSavedSteps][2][held];
+  A decays[kKept][2][held], before[kKept][2][held];
 };
 
 // Sums a tile's dB and dC over the block's channels. A thread has a vector of states of either, of
@@ -191,7 +229,7 @@ struct GradientSums {
 #pragma unroll
     for (int round = 0; round < rounds; ++round, place += sums_at_once / 2 * time) {
       const int at = step + round * (sums_at_once / 2);
-      const bool exists = kRegular || at < steps;
+      const bool exists = at < steps;
       Vector total{};
       if (exists) {
         const Vector* const added = &memory.dB_and_dC[at][which][odd * kParts + block.part];

@@ -58,7 +58,7 @@ class ChunkLocalScan {
         main_input(block, scanned(p), begin),
         delta_input(block, p.delta, begin),
         z_input(block, p.z, begin),
-        B_or_C_input(block, scanned_by(p), scanned_by(p), begin),
+        B_or_C_input(block, scanned_by(p), begin),
         regular(block.is_full() && main_input.in_packs() && delta_input.in_packs() &&
                 (!gated || z_input.in_packs()) && scanned_by(p).packs) {
 #pragma unroll
@@ -98,7 +98,7 @@ class ChunkLocalScan {
       main_input.template load<regular.value>(steps, input);
       delta_input.template load<regular.value>(steps, delta);
       if (gated) z_input.template load<regular.value>(steps, z);
-      if (one_slice) B_or_C = B_or_C_input.template load<regular.value>(steps, 0);
+      if (one_slice) B_or_C_input.template load<regular.value>(steps, 0, B_or_C);
     });
     main_input.move(next);
     delta_input.move(next);
@@ -108,7 +108,7 @@ class ChunkLocalScan {
 
   __device__ __forceinline__ void load_slice(int steps, int64_t first) {
     if (first > 0) __syncthreads();  // all are done with the states before
-    B_or_C = B_or_C_input.template load<false>(steps, first);
+    B_or_C_input.template load<false>(steps, first, B_or_C);
     B_or_C_input.put(B_or_C, &memory.B_or_C[0][0]);
     load_A_log2e(block, first, A_log2e);
     state.load(block, carry, first);
@@ -196,11 +196,12 @@ class ChunkLocalScan {
   bool gated, one_slice;
   int64_t tiles, begin;
   TileInput<T, Block> main_input, delta_input, z_input;
-  StatesInput<T, Block, 1> B_or_C_input;
+  StatesInput<T, Block> B_or_C_input;
   bool regular;
   A bias[kPack], dt_sum[kPack] = {};
   States<A> A_log2e, state;
-  Pack<T> input[rows] = {}, delta[rows] = {}, z[rows] = {}, B_or_C{};
+  Pack<T> input[rows] = {}, delta[rows] = {}, z[rows] = {},
+          B_or_C[StatesInput<T, Block>::rounds] = {};
 };
 
 // The final states of the chunk-local scans into the plan's carry, and their sums of dt into

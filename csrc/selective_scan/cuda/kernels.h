@@ -44,6 +44,18 @@ inline int64_t cuda_blocks(const SelectiveScanInputs& p, const ScanCudaPlan& pla
   return p.batch * plan.chunks * p.groups * cuda_blocks_in_group(p.group_channels, channels);
 }
 
+inline bool in_packs(const InputView& input) { return input.packs == PackDimension::kChannels; }
+
+// Whether a call is one for the kernels that test nothing: blocks of `channels` channels are full,
+// their states are as many as they hold at once, a row is one sequence, and all inputs are in
+// packs.
+inline bool is_regular(const SelectiveScanInputs& p, const ScanCudaPlan& plan, int channels,
+                       int states) {
+  return p.length > 0 && p.group_channels % channels == 0 && p.d_state == states &&
+         plan.boundaries == nullptr && in_packs(p.u) && in_packs(p.delta) &&
+         (p.z.data == nullptr || in_packs(p.z)) && p.B.packs && p.C.packs;
+}
+
 // How many states a block holds from tile to tile; the others are in the plan's carry.
 inline int cuda_states_held(DType dtype) { return dtype == DType::float64 ? 8 : 16; }
 

@@ -113,12 +113,19 @@ struct SavedStates {
         between(not_hoisted(block.p.d_state * block.p.channels)),
         place(static_cast<Saved*>(const_cast<void*>(saved_states))) {
     const int64_t index = block.batch * block.plan.saved + begin / kCudaSavedSteps;
+    left = int(block.plan.saved - begin / kCudaSavedSteps);
     const int64_t row = index * block.p.d_state + block.part * count;
     place += row * block.p.channels + block.channel + block.pair;
   }
 
   // To the state saved so many places later.
-  __device__ __forceinline__ void move(int64_t places) { place += places * between; }
+  __device__ __forceinline__ void move(int64_t places) {
+    place += places * between;
+    left -= places;
+  }
+
+  // Whether the row has so many.
+  __device__ __forceinline__ bool exists() const { return left > 0; }
 
   __device__ __forceinline__ void load(Pair (&loaded)[count]) const {
     const Saved* at = place;
@@ -147,9 +154,14 @@ struct SavedStates {
   __device__ __forceinline__ static void widen(const Pair (&loaded)[count], States<A>& states) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const auto pair = bit_cast<AlignedVector<Saved, 2>>(loaded[i]);
-      states.values[0][i] = to_accumulator(pair.values[0]);
-      states.values[1][i] = to_accumulator(pair.values[1]);
+      if constexpr (sizeof(Saved) == 2) {
+        // As packs are.
+        states.values[0][i] = bit_cast<float>(loaded[i] << 16);
+        states.values[1][i] = bit_cast<float>(loaded[i] & 0xffff0000u);
+      } else {
+        states.values[0][i] = loaded[i].values[0];
+        states.values[1][i] = loaded[i].values[1];
+      }
     }
   }
 
@@ -205,6 +217,7 @@ struct SavedStates {
 
   const Block& block;
   int64_t between;
+  int left;  // of the row, from here on
   Saved* place;
 };
 

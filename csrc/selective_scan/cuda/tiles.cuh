@@ -24,22 +24,24 @@ template <class A>
 inline constexpr int kStatesAtOnce = kParts * kStatesHeld<A>;
 
 // The block's place in the grid, and the thread's in the block. In the recurrence a thread has
-// channels [pair, pair + 2) and the part-th quarter of their states; in loads and stores of tiles
-// it has channels [column, column + 4) of the rows from row_of(0) on.
-template <class T, int Channels, int Tile>
+// channels [pair, pair + 2) and the part-th quarter of their states; in loads and stores of tiles,
+// which are by RowThreads threads, it has channels [column, column + 4) of the rows from row_of(0)
+// on.
+template <class T, int Channels, int Tile, int RowThreads = Channels * kParts / 2>
 struct Block {
   using A = Accumulator<T>;
   static constexpr int channels_at_once = Channels, tile = Tile;
-  static constexpr int threads = Channels * kParts / 2;
-  static constexpr int rows = Tile * (Channels / kPack) / threads;  // of a thread
+  static constexpr int threads = Channels * kParts / 2, row_threads = RowThreads;
+  static constexpr int rows = Tile * (Channels / kPack) / RowThreads;  // of a thread
 
   __device__ Block(const SelectiveScanInputs& p, const ScanCudaPlan& plan)
       : p(p),
         plan(plan),
+        rank(threadIdx.x % RowThreads),
         part(threadIdx.x % kParts),
-        pair(threadIdx.x / kParts * 2),
-        row(threadIdx.x / (Channels / kPack) * rows),
-        column(threadIdx.x % (Channels / kPack) * kPack) {
+        pair(threadIdx.x % threads / kParts * 2),
+        row(rank / (Channels / kPack) * rows),
+        column(rank % (Channels / kPack) * kPack) {
     const int64_t per_group = p.group_channels;
     const int64_t in_group = (per_group + Channels - 1) / Channels;
     int64_t index = blockIdx.x;
@@ -89,6 +91,7 @@ struct Block {
   const SelectiveScanInputs& p;
   const ScanCudaPlan& plan;
   Sequences sequences;
+  int rank;  // of the thread among those that load and store tiles
   int part, pair, row, column;
   int64_t batch, chunk, group, index_in_group;
   int64_t channel;  // of the block's first
@@ -158,12 +161,14 @@ struct TileInput : TileRows<Block, const T*> {
     return input.packs == PackDimension::kChannels;
   }
 
-  // kRegular tells that the tile has all steps and channels, these in packs. Rows of channels that
-  // do not exist must be 0 before.
+  // kRegular tells that the tile has all channels, in packs. Rows of channels that do not exist
+  // must be 0 before.
   template <bool kRegular>
   __device__ __forceinline__ void load(int steps, Pack<T> (&loaded)[rows]) const {
     if constexpr (kRegular) {
-      this->each(this->time, [&](int k, const T* source) { loaded[k] = Pack<T>::load(source); });
+      this->each(this->time, [&](int k, const T* source) {
+        loaded[k] = this->exists(k, steps) ? Pack<T>::load(source) : Pack<T>{};
+      });
     } else if (steps == Block::tile && in_packs()) {
       this->each(not_hoisted(this->time), [&](int k, const T* source) {
         if (this->count > 0) loaded[k] = Pack<T>::load(source);
@@ -198,7 +203,9 @@ struct TileOutput : TileRows<Block, T*> {
   template <bool kRegular>
   __device__ __forceinline__ void store(int steps, const Pack<T> (&packs)[rows]) const {
     if constexpr (kRegular) {
-      this->each(this->time, [&](int k, T* target) { packs[k].store(target); });
+      this->each(this->time, [&](int k, T* target) {
+        if (this->exists(k, steps)) packs[k].store(target);
+      });
     } else {
       this->each(not_hoisted(this->time), [&](int k, T* target) {
         const auto pack = bit_cast<AlignedVector<T, kPack>>(packs[k]);
@@ -211,66 +218,63 @@ struct TileOutput : TileRows<Block, T*> {
   }
 };
 
-// B and C of the block's group, or one of them, a tile at a time; a thread loads some states of one
-// step of one of them.
-template <class T, class Block, int kInputs>
+// B or C of the block's group, a tile at a time; a thread loads the same states of some steps.
+template <class T, class Block>
 struct StatesInput {
   using A = Accumulator<T>;
   static constexpr int states = kStatesAtOnce<A>;
   static constexpr int packs_per_step = states / kPack;
-  static constexpr int packs = Block::tile * packs_per_step;
-  static_assert(kInputs * packs <= Block::threads);
+  static constexpr int steps_at_once = Block::row_threads / packs_per_step;
+  static constexpr int rounds = (Block::tile + steps_at_once - 1) / steps_at_once;
 
-  __device__ StatesInput(const Block& block, const GroupedView& B, const GroupedView& C,
-                         int64_t begin)
-      : input(threadIdx.x / packs),
-        step(threadIdx.x % packs / packs_per_step),
-        state(threadIdx.x % packs_per_step * kPack),
+  __device__ StatesInput(const Block& block, const GroupedView& input, int64_t begin)
+      : step(block.rank / packs_per_step),
+        state(block.rank % packs_per_step * kPack),
         d_state(block.p.d_state),
-        time(input == 0 ? B.time : C.time),
-        stride(input == 0 ? B.state : C.state),
-        data(static_cast<const T*>(input == 0 ? B.data : C.data) +
-             block.batch * (input == 0 ? B.batch : C.batch) +
-             block.group * (input == 0 ? B.group : C.group) + (begin + step) * time +
-             state * stride) {}
+        time(input.time),
+        stride(input.state),
+        data(static_cast<const T*>(input.data) + block.batch * input.batch +
+             block.group * input.group + (begin + step) * time + state * stride) {}
 
   // To the tile that begins so many steps later.
   __device__ __forceinline__ void move(int64_t steps) { data += steps * time; }
 
-  // States [first, first + kStatesAtOnce); kRegular tells that the tile has all steps and states,
-  // these in packs.
+  // States [first, first + kStatesAtOnce); kRegular tells that there are as many, in packs.
   template <bool kRegular>
-  __device__ __forceinline__ Pack<T> load(int steps, int64_t first) const {
-    if (!loads()) return {};
+  __device__ __forceinline__ void load(int steps, int64_t first, Pack<T> (&loaded)[rounds]) const {
     const T* source = data;
     if (first > 0) source += first * stride;
-    if constexpr (kRegular) {
-      return Pack<T>::load(source);
-    } else {
-      const int64_t exist = not_hoisted(d_state) - first - state, next = not_hoisted(stride);
-      AlignedVector<T, kPack> values{};
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        if (step < steps && j < exist) values.values[j] = source[j * next];
+    for (int round = 0; round < rounds; ++round, source += steps_at_once * time) {
+      loaded[round] = {};
+      if (step + round * steps_at_once >= steps) continue;
+      if constexpr (kRegular) {
+        loaded[round] = Pack<T>::load(source);
+      } else {
+        const int64_t exist = not_hoisted(d_state) - first - state, next = not_hoisted(stride);
+        AlignedVector<T, kPack> values{};
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          if (j < exist) values.values[j] = source[j * next];
+        }
+        loaded[round] = bit_cast<Pack<T>>(values);
       }
-      return bit_cast<Pack<T>>(values);
     }
   }
 
-  // Into shared memory: [input][step][state].
-  __device__ __forceinline__ void put(const Pack<T>& loaded, A* tile) const {
-    if (!loads()) return;
-    A values[kPack];
-    widen(loaded, values);
-    store_vectors(values, tile + (input * Block::tile + step) * states + state);
+  // Into shared memory: [step][state].
+  __device__ __forceinline__ void put(const Pack<T> (&loaded)[rounds], A* tile) const {
+#pragma unroll
+    for (int round = 0; round < rounds; ++round) {
+      const int at = step + round * steps_at_once;
+      if (rounds * steps_at_once > Block::tile && at >= Block::tile) continue;
+      A values[kPack];
+      widen(loaded[round], values);
+      store_vectors(values, tile + at * states + state);
+    }
   }
 
-  // Whether there is something for the thread.
-  __device__ __forceinline__ bool loads() const {
-    return kInputs * packs == Block::threads || input < kInputs;
-  }
-
-  int input, step, state;
+  int step, state;
   int64_t d_state, time, stride;
   const T* data;
 };
