@@ -21,6 +21,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from mambablock.integrations.transformers import patch, patched, unpatch  # noqa: E402
+from operators import Calls  # noqa: E402
 
 # float32 sums of some hundred terms in another order.
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
@@ -151,6 +152,51 @@ def test_caches_are_the_same(model: Any) -> None:
         mine, theirs = (c.layers[mixer.layer_idx] for c in (got, expected))
         assert_close(mine.conv_states, theirs.conv_states)
         assert_close(mine.recurrent_states, theirs.recurrent_states)
+
+
+def one_token(model: Any, ids: Tensor) -> Calls:
+    """The operators of a step of decoding."""
+    name = cache_name(model)
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True)[name]
+        with Calls() as calls:
+            model(ids[:, -1:], **{name: cache}, use_cache=True)
+    return calls
+
+
+def test_decoding_is_one_operator_a_mixer_and_one_for_the_head(model: Any) -> None:
+    calls = one_token(patch(model), tokens())
+    assert len(calls.of("mambablock::mamba_step")) == len(mixers(model))
+    assert len(calls.of("mambablock::linear")) == 1
+
+
+def test_decoding_calls_what_is_not_plain() -> None:
+    model = patch(make_model("jamba"))
+    first, second = mixers(model)
+    first.x_proj.register_forward_hook(lambda *_: None)
+    second.b_layernorm.register_forward_hook(lambda *_: None)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    calls = one_token(model, tokens())
+    assert not calls.of("mambablock::mamba_step")
+    assert len(calls.of("mambablock::selective_state_update")) == 2
+    assert len(calls.of("mambablock::linear")) == 1  # a head's hook is called around it
+
+
+@torch.no_grad()
+def test_a_cache_that_records_its_past_can_be_cropped() -> None:
+    model, ids = patch(make_model("mamba")), tokens()
+    name = cache_name(model)
+    cache = model(ids[:, :5], use_cache=True)[name]
+    if not hasattr(cache.layers[0], "activate_past_recording"):
+        pytest.skip("this transformers has no such cache")
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    for t in range(5, 8):
+        model(ids[:, t : t + 1], **{name: cache}, use_cache=True)
+    kept, width = cache.layers[0].conv_states[0], mixers(model)[0].conv_kernel_size
+    assert kept.shape[-1] == width + 3
+    expected = model(ids[:, :8], use_cache=True)[name].layers[0].conv_states[0]
+    assert_close(kept[..., -width:], expected)
 
 
 @pytest.mark.parametrize("pieces", [[4, 7], [1, 2, 8], [9, 1, 1]])

@@ -6,6 +6,8 @@ from ._build_info import build_info
 from .block import MambaBlock, MambaState
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
+from .linear import linear
+from .mamba_step import mamba_step
 from .selective_scan import selective_scan
 from .selective_state_update import selective_state_update
 
@@ -15,6 +17,8 @@ __all__ = [
     "build_info",
     "causal_conv1d",
     "causal_conv1d_update",
+    "linear",
+    "mamba_step",
     "reference",
     "selective_scan",
     "selective_state_update",

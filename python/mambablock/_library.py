@@ -63,9 +63,10 @@ def _tensor_arguments(op: str) -> list[tuple[int, str, bool]]:
     ]
 
 
-def prepared(op: str, activations: Sequence[str]) -> Callable[..., list[Any]]:
+def prepared(op: str, activations: Sequence[str] = ()) -> Callable[..., list[Any]]:
     """A function that checks the types of the operator's arguments, as far as they are given, and
-    casts the activations as autocast wants them: to its type where it is on, but for float64."""
+    casts the activations, if any, as autocast wants them: to its type where it is on, but for
+    float64."""
     tensors = _tensor_arguments(op)
     names = argument_names(op)
     cast = [names.index(name) for name in activations]
@@ -78,7 +79,7 @@ def prepared(op: str, activations: Sequence[str]) -> Callable[..., list[Any]]:
                 expected = "a Tensor or None" if optional else "a Tensor"
                 got = "None" if tensor is None else type(tensor).__name__
                 raise TypeError(f"{op}: {name} must be {expected}; got {got}")
-        device = arguments[cast[0]].device.type
+        device = arguments[cast[0]].device.type if cast else "meta"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             for i in cast:

@@ -15,6 +15,7 @@ from ._layers import in_scan_dtype, project_delta, recomputed_but_scan
 from ._library import accumulator_dtype
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
+from .mamba_step import can_step, step_mixer
 from .selective_scan import selective_scan
 from .selective_state_update import selective_state_update
 
@@ -290,6 +291,8 @@ class MambaBlock(nn.Module):
         """
         check_step(self, hidden_states, state)
         conv_state, ssm_state = state
+        if can_step(self, hidden_states):
+            return step_mixer(self, conv_state, ssm_state, hidden_states)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         conv = self.conv1d
         x = causal_conv1d_update(conv_state, x, conv.weight.squeeze(1), bias=conv.bias, silu=True)
