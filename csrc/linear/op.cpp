@@ -25,8 +25,7 @@ std::array<Tensor, 1> linear(const Arguments& a) {
   checks.parameter("bias", a.bias, {out_features});
   const OptionalTensor x = contiguous_as(a.x, checks.accumulator_type()),
                        bias = contiguous_as(a.bias, checks.accumulator_type());
-  const Tensor weight =
-      a.weight.stride(1) == 1 ? a.weight : torch::stable::contiguous(a.weight);
+  const Tensor weight = a.weight.stride(1) == 1 ? a.weight : torch::stable::contiguous(a.weight);
   const Tensor y = torch::stable::new_empty(a.x, {a.x.size(0), out_features.value});
   run_linear({
       .dtype = checks.dtype(),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/host/cpu.h"
+
 #include "mamba_step/backend.h"
 #include "mamba_step/cpu/kernels.h"
 
@@ -26,12 +27,12 @@ void run_step(const Checks& checks, const MambaStepParams& p, const OptionalTens
   const auto select = MAMBABLOCK_SELECT(mamba_step_select);
   const auto scan = MAMBABLOCK_SELECT(mamba_step_scan);
   const auto project = MAMBABLOCK_SELECT(mamba_step_project);
-  for_each_row(p.conv.channels,
-               [&](int64_t begin, int64_t end) { convolve(p, rows, begin, end); });
+  for_each_row(p.conv.channels, [&](int64_t begin, int64_t end) { convolve(p, rows, begin, end); });
   for_each_row(p.x_proj.out_features, [&](int64_t begin, int64_t end) { select(p, begin, end); });
   if (p.norms) MAMBABLOCK_SELECT(mamba_step_normalize)(p, 0, p.x_proj.rows);
   for_each_row(p.scan.channels, [&](int64_t begin, int64_t end) { scan(p, rows, begin, end); });
-  for_each_row(p.out_proj.out_features, [&](int64_t begin, int64_t end) { project(p, rows, begin, end); });
+  for_each_row(p.out_proj.out_features,
+               [&](int64_t begin, int64_t end) { project(p, rows, begin, end); });
 }
 
 }  // namespace mambablock

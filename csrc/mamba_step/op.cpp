@@ -76,9 +76,7 @@ class Call {
     p.out_proj.y_dtype = checks.dtype();
 
     const DType dtype = dtype_of(checks.op(), "x", checks.accumulator_type());
-    const auto row_of = [&](const void* data, int64_t row) {
-      return InputView{data, row, 0, 1};
-    };
+    const auto row_of = [&](const void* data, int64_t row) { return InputView{data, row, 0, 1}; };
     p.conv = {.dtype = dtype,
               .state_dtype = conv_dtype,
               .batch = batch_,
@@ -149,7 +147,8 @@ class Call {
     return static_cast<char*>(data) + index * size;
   }
 
-  LinearParams linear(const void* x, const Tensor& weight, const OptionalTensor& bias, void* y_data) {
+  LinearParams linear(const void* x, const Tensor& weight, const OptionalTensor& bias,
+                      void* y_data) {
     const Tensor rows = weight.stride(1) == 1 ? weight : torch::stable::contiguous(weight);
     kept_.push_back(rows);
     return {.dtype = checks.dtype(),
@@ -167,7 +166,8 @@ class Call {
   }
 
   // What the kernels read of a parameter: its own memory, or accumulators that the step writes.
-  const void* parameter(StepParameter& target, const OptionalTensor& tensor, bool computed = false) {
+  const void* parameter(StepParameter& target, const OptionalTensor& tensor,
+                        bool computed = false) {
     if (!tensor) return nullptr;
     kept_.push_back(contiguous_as(tensor, tensor->scalar_type()));
     const Tensor source = *kept_.back();

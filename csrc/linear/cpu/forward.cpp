@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Each product of two rows is summed in kLanesOfSum lanes, then in a tree, whatever the vectors'
-// length. This file is compiled without contraction to fused multiply-adds, which the baseline lacks.
+// length. This file is compiled without contraction to fused multiply-adds, which the baseline
+// lacks.
 #include "common/cpu/simd.h"
 #include "linear/cpu/kernels.h"
 
