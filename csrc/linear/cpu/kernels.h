@@ -6,8 +6,8 @@
 
 namespace mambablock {
 
-// The out_features [begin, end): rows of the weight, which are read once as one linear stream. The
-// same bits at every SIMD level, and for any number of rows and threads.
+// The out_features [begin, end): rows of the weight, which are read from memory once. The same bits
+// at every SIMD level, and for any number of rows and threads.
 MAMBABLOCK_DECLARE_KERNEL(void, linear, (const LinearParams&, int64_t begin, int64_t end));
 
 }  // namespace mambablock
