@@ -17,7 +17,7 @@ from . import _library as library
 
 # The most rows with which the CPU's operator is at least as fast as F.linear, which
 # `python -m benchmarks --only linear` measures.
-MOST_ROWS = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 16, torch.float64: 16}
+MOST_ROWS = {torch.float32: 8, torch.bfloat16: 16, torch.float16: 16, torch.float64: 8}
 
 
 @library.register_fake("linear", "x")
@@ -73,13 +73,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def has_few_rows(x: Tensor, *parameters: Tensor) -> bool:
+def has_few_rows(x: Tensor, *parameters: Tensor, most: dict[torch.dtype, int] = MOST_ROWS) -> bool:
     """Whether the CPU's operators of few rows are for an x (..., in_features) and parameters of a
-    linear layer or more."""
+    linear layer or more; `most` has all types that they know."""
     return (
         x.device.type == "cpu"
         and x.dim() > 0
-        and _at_most(math.prod(x.shape[:-1]), MOST_ROWS.get(x.dtype, 0))
+        and _at_most(math.prod(x.shape[:-1]), most.get(x.dtype, 0))
         and all(_is_plain(t) for t in (x, *parameters))
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters)))
         and forward_ad._current_level < 0
