@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scan as mamba-ssm lays it out, and its plain forms, which take a complex A too.
+"""The scan as mamba-ssm lays it out, and with a complex A.
 
 Sequences are (batch, dim, seqlen), in any memory layout.
 """
@@ -14,11 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
 from .._layers import in_scan_dtype
 from ..selective_scan import selective_scan
 
-__all__ = ["common_dtype", "plain_scan", "scan", "upcast"]
+__all__ = ["channels_last", "common_dtype", "per_time_forms", "scan", "upcast"]
+
+
+def per_time_forms(A: Any, tensor: Any) -> tuple[str, ...]:
+    """The forms of B and C: where A is complex, they are too, or real and imaginary parts."""
+    pairs = getattr(A, "is_complex", bool)() and not getattr(tensor, "is_complex", bool)()
+    steps = "2 * seqlen" if pairs else "seqlen"
+    return "dim, dstate", f"batch, dstate, {steps}", f"batch, groups, dstate, {steps}"
 
 
 def scan(
@@ -31,49 +37,24 @@ def scan(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
+    *,
     reverse: bool = False,
+    operator: Callable[..., Any] = selective_scan,
 ) -> tuple[Tensor, Tensor]:
     """mamba-ssm's selective scan: y of u's shape and type, and the last state.
 
-    B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen); with a
-    complex A, real ones of twice the seqlen hold real and imaginary parts in turn.
+    B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen). A complex
+    A takes a plain loop over time; real B and C are then of twice the seqlen, with real and
+    imaginary parts in turn. `operator` is selective_scan or its definition.
     """
-    run = _complex_scan if A.is_complex() else _real_scan
-    return run(selective_scan, u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-
-
-def plain_scan(*tensors: Tensor | None, delta_softplus: bool) -> tuple[Tensor, Tensor]:
-    """The same by the definition, step by step."""
-    run: Any = _complex_scan if getattr(tensors[2], "is_complex", bool)() else _real_scan
-    y, last_state = run(reference.selective_scan, *tensors, delta_softplus)
-    return y, last_state
-
-
-def _real_scan(
-    operator: Callable[..., Any],
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    gate = [] if z is None else [z]
-    dtype = common_dtype(u, delta, B, C, *gate)
-    inputs, dt, *gate = (t.transpose(1, 2).to(dtype) for t in (u, delta, *gate))
-    per_time = (_channels_last(t.to(dtype), inputs) for t in (B, C))
+    if A.is_complex():
+        return _complex_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    *tensors, D, z, delta_bias = channels_last(u, delta, A, B, C, D, z, delta_bias)
     y, last_state = operator(
-        inputs,
-        dt,
-        in_scan_dtype(A),
-        *(_in_groups(t, u.shape[1]) if B.dim() != C.dim() else t for t in per_time),
-        D=upcast(D),
-        z=gate[0] if gate else None,
-        delta_bias=upcast(delta_bias),
+        *tensors,
+        D=D,
+        z=z,
+        delta_bias=delta_bias,
         delta_softplus=delta_softplus,
         reverse=reverse,
         return_final_state=True,
@@ -81,8 +62,27 @@ def _real_scan(
     return y.transpose(1, 2).to(u.dtype), last_state
 
 
+def channels_last(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[Any, ...]:
+    """The same in the layout and the types that the operator takes."""
+    gate = [] if z is None else [z]
+    dtype = common_dtype(u, delta, B, C, *gate)
+    inputs, dt, *gate = (t.transpose(1, 2).to(dtype) for t in (u, delta, *gate))
+    per_time = (_channels_last(t.to(dtype), inputs) for t in (B, C))
+    B, C = (_in_groups(t, u.shape[1]) if B.dim() != C.dim() else t for t in per_time)
+    D, delta_bias = upcast(D), upcast(delta_bias)
+    return inputs, dt, in_scan_dtype(A), B, C, D, gate[0] if gate else None, delta_bias
+
+
 def _complex_scan(
-    _: Callable[..., Any],
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -92,7 +92,7 @@ def _complex_scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    reverse: bool = False,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """h is complex, and y twice its real part, as if each state had its conjugate beside it."""
     batch, dim, length = u.shape

@@ -11,22 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks as check
-from .._library import accumulator_dtype
-from ..causal_conv1d import causal_conv1d
-from ..causal_conv1d_update import causal_conv1d_update as _update
-from ._explain import Forms, explained
+from mambablock import reference
+from mambablock.compat._conv import conv, is_silu, update
+from mambablock.compat._explain import Forms, explained
 
-__all__ = ["causal_conv1d_fn", "causal_conv1d_update"]
+__all__ = [
+    "causal_conv1d_fn",
+    "causal_conv1d_ref",
+    "causal_conv1d_update",
+    "causal_conv1d_update_ref",
+]
 
-_forms: Forms = {
-    "weight": "dim, width",
-    "bias": "dim",
-    "x": "batch, dim, seqlen",
-    "seq_idx": "batch, seqlen",
-    "initial_states": "batch, dim, width - 1",
-    "final_states_out": "batch, dim, width - 1",
-}
+
+def _forms(seq_idx: Any = None, initial_states: Any = None, **_: Any) -> Forms:
+    forms = {
+        "weight": "dim, width",
+        "bias": "dim",
+        "x": "batch, dim, seqlen",
+        "seq_idx": "batch, seqlen",
+        "initial_states": "batch, dim, width - 1",
+        "final_states_out": "batch, dim, width - 1",
+    }
+    given = {"seq_idx": seq_idx, "initial_states": initial_states}
+    return {name: form for name, form in forms.items() if not _is_activation(given.get(name))}
 
 
 def _update_forms(conv_state_indices: Any = None, **_: Any) -> Forms:
@@ -64,7 +71,8 @@ def causal_conv1d_fn(
         initial_states: (batch, dim, width - 1), the inputs before the first, oldest first.
         return_final_states: also return the last width - 1 inputs; not with seq_idx.
         final_states_out: (batch, dim, width - 1), to write those to.
-        activation: None, "silu" or "swish".
+        activation: None, "silu" or "swish"; version 1.0 had it in seq_idx's place, 1.1 after it,
+            and both are understood.
 
     Returns:
         The output, of x's shape and type, or (output, final states of x's type).
@@ -76,62 +84,42 @@ def causal_conv1d_fn(
             together with seq_idx.
         RuntimeError: as from :func:`mambablock.causal_conv1d`.
     """
+    # Where older versions have the activation.
+    if _is_activation(seq_idx):
+        seq_idx, activation = None, str(seq_idx)
+    elif _is_activation(initial_states):
+        initial_states, activation = None, str(initial_states)
     owner = "causal_conv1d_fn"
-    silu = _is_silu(owner, activation)
-    if final_states_out is not None:
-        check.floating(owner, "final_states_out", final_states_out)
-        check.device(owner, "final_states_out", final_states_out, "x", x)
-    if seq_idx is not None:
-        check.device(owner, "seq_idx", seq_idx, "x", x)
-    inputs = x.transpose(1, 2)
-    states = None
-    if initial_states is not None:
-        states = initial_states.transpose(1, 2).to(accumulator_dtype(x.dtype))
-    if seq_idx is not None:
-        if return_final_states:
-            raise ValueError(f"{owner}: return_final_states must be False with seq_idx; got True")
-        return _packed(inputs, weight, bias, seq_idx, states, silu).transpose(1, 2).to(x.dtype)
-
-    y, last = causal_conv1d(
-        inputs, weight, bias=bias, silu=silu, initial_state=states, return_final_state=True
+    y, final_states = conv(
+        *(owner, x, weight, bias, seq_idx, initial_states, is_silu(owner, activation)),
+        return_final_states=return_final_states,
+        final_states_out=final_states_out,
     )
-    y = y.transpose(1, 2).to(x.dtype)
-    if not return_final_states:
-        return y
-    final_states = last.transpose(1, 2).to(x.dtype)
-    return y, final_states if final_states_out is None else final_states_out.copy_(final_states)
+    return y if final_states is None else (y, final_states)
 
 
-def _packed(
-    inputs: Tensor,
+@explained(_forms, indices=("seq_idx",), initial_state="initial_states")
+def causal_conv1d_ref(
+    x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor,
-    states: Tensor | None,
-    silu: bool,
-) -> Tensor:
-    """The convolution of (batch, length, dim) by sequences, all rows being packed into one."""
-    batch, length, dim = inputs.shape
-    if seq_idx.shape != (batch, length):
-        raise ValueError(f"causal_conv1d_fn: seq_idx must be (batch, seqlen); got {seq_idx.shape}")
-    begins = torch.ones_like(seq_idx, dtype=torch.bool)
-    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    starts = begins.flatten().nonzero().squeeze(1)
-    cu_seqlens = torch.cat([starts, starts.new_tensor([batch * length])])
-    if states is not None and length > 0:
-        # A row's state is that of its first sequence.
-        first = begins.flatten().cumsum(0).view(batch, length)[:, 0] - 1
-        per_sequence = states.new_zeros(len(starts), states.shape[1], dim)
-        states = per_sequence.index_copy(0, first, states)
-    y = causal_conv1d(
-        inputs.reshape(1, batch * length, dim),
-        weight,
-        bias=bias,
-        silu=silu,
-        initial_state=states if length > 0 else None,
-        cu_seqlens=cu_seqlens,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """causal_conv1d_fn by its definition, in plain PyTorch."""
+    if _is_activation(initial_states):
+        initial_states, activation = None, str(initial_states)
+    owner = "causal_conv1d_ref"
+    y, final_states = conv(
+        *(owner, x, weight, bias, seq_idx, initial_states, is_silu(owner, activation)),
+        return_final_states=return_final_states,
+        final_states_out=final_states_out,
+        operator=reference.causal_conv1d,
     )
-    return y.view(batch, length, dim).masked_fill((seq_idx < 0)[..., None], 0)
+    return y if final_states is None else (y, final_states)
 
 
 @explained(_update_forms, indices=("cache_seqlens", "conv_state_indices"), state="conv_state")
@@ -169,66 +157,25 @@ def causal_conv1d_update(
         RuntimeError: as from :func:`mambablock.causal_conv1d_update`.
     """
     owner = "causal_conv1d_update"
-    silu = _is_silu(owner, activation)
-    check.floating(owner, "conv_state", conv_state)
-    state_len, past = conv_state.shape[-1], weight.shape[1] - 1
-    if state_len < past:
-        raise ValueError(
-            f"{owner}: conv_state must hold at least width - 1 = {past} inputs; "
-            f"got {tuple(conv_state.shape)}"
-        )
-    steps = x.unsqueeze(-1) if x.dim() == 2 else x
-    if cache_seqlens is None and state_len == past:
-        y = torch.empty_like(steps)
-        for t in range(steps.shape[-1]):
-            y[..., t] = _update(
-                conv_state.transpose(1, 2),
-                steps[..., t],
-                weight,
-                bias=bias,
-                silu=silu,
-                state_indices=conv_state_indices,
-            )
-        return y.view(x.shape)
-
-    rows = conv_state
-    if conv_state_indices is not None:
-        rows = conv_state.index_select(0, conv_state_indices.clamp(min=0))
-    if cache_seqlens is None:
-        history = rows[..., state_len - past :]
-        updated = torch.cat([rows, steps.to(rows.dtype)], dim=-1)[..., -state_len:]
-    else:
-        history = rows.gather(2, _positions(cache_seqlens, -past, 0, rows))
-        # Of more steps than the buffer holds, the last are kept.
-        kept = steps[..., -state_len:].to(rows.dtype)
-        first = steps.shape[-1] - kept.shape[-1]
-        updated = rows.scatter(2, _positions(cache_seqlens, first, steps.shape[-1], rows), kept)
-    y = causal_conv1d(
-        steps.transpose(1, 2),
-        weight,
-        bias=bias,
-        silu=silu,
-        initial_state=history.transpose(1, 2).to(accumulator_dtype(x.dtype)),
-    ).transpose(1, 2)
-    if conv_state_indices is None:
-        conv_state.copy_(updated)
-    else:
-        real = conv_state_indices >= 0
-        y = y.masked_fill(~real[:, None, None], 0)
-        conv_state[conv_state_indices[real]] = updated[real]
-    return y.reshape(x.shape)
+    silu = is_silu(owner, activation)
+    return update(owner, x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices)
 
 
-def _positions(cache_seqlens: Tensor, begin: int, end: int, rows: Tensor) -> Tensor:
-    """Where the buffer holds inputs cache_seqlens + begin to + end, for each channel."""
-    steps = torch.arange(begin, end, device=rows.device)
-    positions = (cache_seqlens[:, None] + steps) % rows.shape[2]
-    return positions[:, None].expand(-1, rows.shape[1], -1)
+@explained(_update_forms, indices=("cache_seqlens",), state="conv_state")
+@torch.no_grad()
+def causal_conv1d_update_ref(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+) -> Tensor:
+    """causal_conv1d_update by its definition, in plain PyTorch."""
+    owner = "causal_conv1d_update_ref"
+    silu = is_silu(owner, activation)
+    return update(owner, x, conv_state, weight, bias, silu, cache_seqlens, None, plain=True)
 
 
-def _is_silu(function: str, activation: str | None) -> bool:
-    if activation not in (None, "silu", "swish"):
-        raise NotImplementedError(
-            f"{function}: activation must be None, 'silu' or 'swish'; got {activation!r}"
-        )
-    return activation is not None
+def _is_activation(argument: object) -> bool:
+    return isinstance(argument, str) and argument in ("silu", "swish")
