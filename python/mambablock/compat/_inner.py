@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,11 +72,8 @@ def inner(
         delta_proj_weight=delta_proj_weight,
         out_proj_weight=out_proj_weight,
     )
-    conv, operator = (
-        (reference.causal_conv1d, reference.selective_scan)
-        if plain
-        else (causal_conv1d, selective_scan)
-    )
+    conv: Any = reference.causal_conv1d if plain else causal_conv1d
+    operator = reference.selective_scan if plain else selective_scan
 
     def mix(x: Tensor, z: Tensor) -> Tensor:
         x = conv(x, conv1d_weight.squeeze(1), bias=conv1d_bias, silu=True, reverse=reverse)

@@ -142,7 +142,7 @@ class _Distribution(importlib.metadata.Distribution):
         return f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
 
     def locate_file(self, path: Any) -> Path:
-        return Path(__file__).parent / path
+        return Path(__file__).parent / str(path)
 
 
 def _without_fused_path(spec: ModuleSpec | None) -> ModuleSpec | None:

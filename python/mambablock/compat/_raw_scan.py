@@ -115,8 +115,8 @@ def _time_last(gradient: Tensor, like: Tensor) -> Tensor:
 @torch.enable_grad()
 def _complex_backward(dout: Tensor, *tensors_and_softplus: Any) -> list[Any]:
     *tensors, delta_softplus = tensors_and_softplus
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    y, _ = scan(*leaves, delta_softplus)
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    y, _ = scan(*(*leaves, delta_softplus))
     given = [leaf for leaf in leaves if leaf is not None]
     found = iter(torch.autograd.grad(y, given, dout.to(y.dtype)))
     *gradients, dz, dbias = (None if leaf is None else next(found) for leaf in leaves)

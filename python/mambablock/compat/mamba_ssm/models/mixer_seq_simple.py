@@ -93,7 +93,7 @@ def _init_weights(
         if name in ("out_proj.weight", "fc2.weight"):
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
             with torch.no_grad():
-                parameter /= math.sqrt(n_residuals_per_layer * n_layer)
+                parameter.div_(math.sqrt(n_residuals_per_layer * n_layer))
 
 
 class MixerModel(nn.Module):

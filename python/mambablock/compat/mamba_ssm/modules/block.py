@@ -75,7 +75,7 @@ class Block(nn.Module):
         self, norm: Any, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.fused_add_norm:
-            normed, residual = layer_norm_fn(  # type: ignore[misc,assignment]
+            outputs: Any = layer_norm_fn(
                 hidden_states,
                 norm.weight,
                 norm.bias,
@@ -85,7 +85,7 @@ class Block(nn.Module):
                 residual_in_fp32=self.residual_in_fp32,
                 is_rms_norm=isinstance(norm, RMSNorm),
             )
-            return normed, residual  # type: ignore[return-value]
+            return outputs[0], outputs[1]
         residual = hidden_states if residual is None else hidden_states + residual
         normed = norm(residual.to(norm.weight.dtype))
         return normed, residual.float() if self.residual_in_fp32 else residual

@@ -220,7 +220,8 @@ class Mamba(MambaBlock):
             )
         xz = xz.unflatten(2, (slices, -1)).transpose(2, 3).flatten(2)
         y = self._mixed("_s", xz)
-        return y.unflatten(1, (-1, slices)).transpose(1, 2).flatten(1, 2)
+        sliced: Tensor = y.unflatten(1, (-1, slices))
+        return sliced.transpose(1, 2).flatten(1, 2)
 
     def _A(self, suffix: str = "") -> Tensor:
         return -torch.exp(in_scan_dtype(getattr(self, f"A{suffix}_log")))

@@ -6,13 +6,14 @@ Sequences are (batch, dim, seqlen), in any memory layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from mambablock import _checks as check
 from mambablock import reference
-from mambablock.compat._explain import Forms, explained
+from mambablock.compat._explain import Forms, Parameters, Result, explained
 from mambablock.compat._inner import Norms, inner, out_proj
 from mambablock.compat._scan import per_time_forms, scan
 
@@ -63,13 +64,12 @@ def _inner_forms(A: Any = None, B: Any = None, C: Any = None, **_: Any) -> Forms
 
 
 _complex = ("A", "B", "C")
-_explained_inner: Any = explained(
-    _inner_forms,
-    may_be_complex=_complex,
-    x="xz",
-    weight="conv1d_weight",
-    bias="conv1d_bias",
-)
+
+
+def _explained_inner(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    return explained(
+        *(_inner_forms, (), _complex), x="xz", weight="conv1d_weight", bias="conv1d_bias"
+    )(function)
 
 
 @explained(_scan_forms, may_be_complex=_complex)
@@ -188,9 +188,22 @@ def mamba_inner_fn(
     """
     norms = Norms(b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps)
     y = inner(
-        "mamba_inner_fn",
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, [(A, False)]),
-        *(B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(
+            "mamba_inner_fn",
+            xz,
+            conv1d_weight,
+            conv1d_bias,
+            x_proj_weight,
+            delta_proj_weight,
+            [(A, False)],
+            B,
+            C,
+            D,
+            delta_bias,
+            B_proj_bias,
+            C_proj_bias,
+            delta_softplus,
+        ),
         checkpoint_lvl=checkpoint_lvl,
         norms=norms,
         out_proj_weight=out_proj_weight,
@@ -218,9 +231,22 @@ def mamba_inner_ref(
 ) -> Tensor:
     """mamba_inner_fn by its definition, in plain PyTorch."""
     y = inner(
-        "mamba_inner_ref",
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, [(A, False)]),
-        *(B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(
+            "mamba_inner_ref",
+            xz,
+            conv1d_weight,
+            conv1d_bias,
+            x_proj_weight,
+            delta_proj_weight,
+            [(A, False)],
+            B,
+            C,
+            D,
+            delta_bias,
+            B_proj_bias,
+            C_proj_bias,
+            delta_softplus,
+        ),
         plain=True,
         out_proj_weight=out_proj_weight,
     )
@@ -245,9 +271,22 @@ def mamba_inner_fn_no_out_proj(
 ) -> Tensor:
     """mamba_inner_fn without its output projection: (batch, dim, seqlen). Of Vision Mamba."""
     return inner(
-        "mamba_inner_fn_no_out_proj",
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, [(A, False)]),
-        *(B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(
+            "mamba_inner_fn_no_out_proj",
+            xz,
+            conv1d_weight,
+            conv1d_bias,
+            x_proj_weight,
+            delta_proj_weight,
+            [(A, False)],
+            B,
+            C,
+            D,
+            delta_bias,
+            B_proj_bias,
+            C_proj_bias,
+            delta_softplus,
+        ),
     ).transpose(1, 2)
 
 
@@ -275,9 +314,22 @@ def bimamba_inner_fn(
     Of Vision Mamba (Zhu et al. 2024, arXiv:2401.09417), as its bimamba_type "v1".
     """
     y = inner(
-        "bimamba_inner_fn",
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
-        *([(A, False), (A_b, True)], B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(
+            "bimamba_inner_fn",
+            xz,
+            conv1d_weight,
+            conv1d_bias,
+            x_proj_weight,
+            delta_proj_weight,
+            [(A, False), (A_b, True)],
+            B,
+            C,
+            D,
+            delta_bias,
+            B_proj_bias,
+            C_proj_bias,
+            delta_softplus,
+        ),
         out_proj_weight=out_proj_weight,
     )
     return out_proj(y, out_proj_weight, out_proj_bias)
@@ -304,9 +356,22 @@ def bimamba_inner_ref(
 ) -> Tensor:
     """bimamba_inner_fn by its definition, in plain PyTorch."""
     y = inner(
-        "bimamba_inner_ref",
-        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight),
-        *([(A, False), (A_b, True)], B, C, D, delta_bias, B_proj_bias, C_proj_bias, delta_softplus),
+        *(
+            "bimamba_inner_ref",
+            xz,
+            conv1d_weight,
+            conv1d_bias,
+            x_proj_weight,
+            delta_proj_weight,
+            [(A, False), (A_b, True)],
+            B,
+            C,
+            D,
+            delta_bias,
+            B_proj_bias,
+            C_proj_bias,
+            delta_softplus,
+        ),
         plain=True,
         out_proj_weight=out_proj_weight,
     )

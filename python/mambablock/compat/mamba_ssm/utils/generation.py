@@ -218,7 +218,7 @@ class GenerationMixin:
 
 def _output() -> Any:
     try:
-        from transformers.generation import GenerateDecoderOnlyOutput
+        import transformers.generation as generation
     except ImportError:
         return SimpleNamespace
-    return GenerateDecoderOnlyOutput
+    return generation.GenerateDecoderOnlyOutput  # type: ignore[attr-defined]

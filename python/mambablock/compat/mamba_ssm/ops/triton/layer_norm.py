@@ -160,7 +160,7 @@ class RMSNorm(nn.Module):
         return rms_norm_fn(
             x,
             self.weight,
-            self.bias,
+            None,
             residual=residual,
             eps=self.eps,
             dropout_p=self.drop.p if self.drop is not None and self.training else 0.0,
