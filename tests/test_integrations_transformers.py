@@ -41,11 +41,22 @@ JAMBA = SIZES | {
     "num_experts": 2,
     "num_experts_per_tok": 1,
 }
+ZAMBA = SIZES | {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["mamba", "hybrid", "mamba"],
+    "mamba_d_state": 6,
+    "mamba_dt_rank": 3,
+    "n_mamba_heads": 2,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 CONFIGS: dict[str, Any] = {
     "mamba": partial(transformers.MambaConfig, **MAMBA),
     "mamba with biases": partial(transformers.MambaConfig, **MAMBA, use_bias=True, conv_kernel=3),
     "falcon_mamba": partial(transformers.FalconMambaConfig, **MAMBA),
     "jamba": partial(transformers.JambaConfig, **JAMBA),
+    "zamba": partial(transformers.ZambaConfig, **ZAMBA),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a program with compat installed, as python itself would run it.
+"""Runs a program with compat installed, otherwise as python itself runs it.
 
 python -m mambablock.compat script.py args...
 python -m mambablock.compat -m module args...
@@ -8,9 +8,12 @@ python -m mambablock.compat -c command args...
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
+import zipfile
+from types import ModuleType, TracebackType
 
 from mambablock.compat import install
 
@@ -19,24 +22,69 @@ usage = "usage: python -m mambablock.compat [-m module | -c command | script] [a
 
 def main() -> None:
     del sys.argv[0]
-    if not sys.argv or sys.argv[0] in ("-h", "--help"):
-        print(usage, file=sys.stderr if not sys.argv else sys.stdout)
-        sys.exit(2 if not sys.argv else 0)
+    option, *rest = sys.argv or [""]
+    if option in ("", "-h", "--help"):
+        print(usage, file=sys.stdout if option else sys.stderr)
+        sys.exit(0 if option else 2)
+    if option in ("-m", "-c") and not rest:
+        sys.exit(_failed(f"Argument expected for the {option} option\n{usage}", 2))
     install()
-    option = sys.argv[0]
-    if option in ("-m", "-c"):
-        if len(sys.argv) < 2:
-            print(f"Argument expected for the {option} option\n{usage}", file=sys.stderr)
-            sys.exit(2)
-        name = sys.argv.pop(1)
+    try:
         if option == "-m":
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
+            _run_module(sys.argv.pop(1))
+        elif option == "-c":
+            _run_source(sys.argv.pop(1), "<string>")
         else:
-            sys.path[0] = ""
-            exec(compile(name, "<string>", "exec"), sys.modules["__main__"].__dict__)
-    else:
-        sys.path[0] = os.path.dirname(os.path.abspath(option))
-        runpy.run_path(option, run_name="__main__")
+            _run_script(option)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def _run_module(name: str) -> None:
+    parent = name.rpartition(".")[0]
+    if not parent and importlib.util.find_spec(name) is None:
+        sys.exit(_failed(f"{sys.executable}: No module named {name}", 1))
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _run_script(path: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or zipfile.is_zipfile(path):
+        runpy.run_path(path, run_name="__main__")
+        return
+    try:
+        with open(path, "rb") as file:
+            source = file.read()
+    except OSError as error:
+        text = f"can't open file {os.path.abspath(path)!r}: [Errno {error.errno}] {error.strerror}"
+        sys.exit(_failed(f"{sys.executable}: {text}", 2))
+    _run_source(source, path)
+
+
+def _run_source(source: str | bytes, path: str) -> None:
+    """As the module __main__, where pickle and multiprocessing look for what it defines."""
+    module = ModuleType("__main__")
+    if path != "<string>":
+        module.__file__ = path = os.path.abspath(path)
+    sys.modules["__main__"] = module
+    exec(compile(source, path, "exec"), module.__dict__)
+
+
+def _of_the_program(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback without the calls that lead to the program."""
+    own = (__file__, runpy.__file__, "<frozen runpy>")
+    while trace is not None and trace.tb_frame.f_code.co_filename in own:
+        trace = trace.tb_next
+    return trace
+
+
+def _failed(text: str, status: int) -> int:
+    print(text, file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ try:
     from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
     from transformers.models.jamba.modeling_jamba import JambaMambaMixer
     from transformers.models.mamba.modeling_mamba import MambaMixer
+    from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
 except ImportError as error:
     raise ImportError(f"mambablock.integrations.transformers: {_wanted}: {error}") from None
 
@@ -108,6 +109,60 @@ class _OperatorForward:
         return projected
 
 
+class PatchedZambaMambaMixer(ZambaMambaMixer):
+    """A patched ZambaMambaMixer: heads have their own projections and are the scan's groups."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        cache_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        cache = cache_params if cache is None else cache
+        width, heads, silu = self.conv_kernel_size, self.n_mamba_heads, self.activation == "silu"
+        conv_state, ssm_state = _cached_states(cache, self.layer_idx)
+        # The rows of in_proj are of x and of z in turn.
+        projected = self.in_proj(_masked(hidden_states, attention_mask))
+        inputs, z = projected.unflatten(-1, (-1, 2)).unbind(-1)
+        if conv_state is not None:
+            conv_state = conv_state[..., conv_state.shape[-1] - (width - 1) :].transpose(1, 2)
+            conv_state = conv_state.to(in_scan_dtype(inputs).dtype, copy=True)
+        x = causal_conv1d(
+            inputs,
+            self.conv1d.weight.squeeze(1),
+            bias=self.conv1d.bias,
+            silu=silu,
+            initial_state=conv_state,
+        )
+        x = _masked(x if silu else self.act(x), attention_mask)
+        if cache is not None:
+            new_inputs = inputs.transpose(1, 2)
+            if conv_state is None:
+                new_inputs = F.pad(new_inputs, (max(width - inputs.shape[1], 0), 0))[..., -width:]
+            cache.update_conv_state(new_inputs, self.layer_idx)
+
+        of_heads = torch.einsum("blhd,hrd->blhr", x.unflatten(-1, (heads, -1)), self.x_proj_weight)
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        dt, B, C = of_heads.split(sizes, dim=-1)
+        delta = torch.einsum("blhr,hdr->blhd", dt, self.dt_proj_weight).flatten(2)
+        A = -torch.exp(in_scan_dtype(self.A_log)).flatten(0, 1)
+        y, last_state = selective_scan(
+            *(x, delta, A, B, C),
+            D=in_scan_dtype(self.D).flatten(),
+            z=z,
+            delta_bias=in_scan_dtype(self.dt_proj_bias).flatten(),
+            delta_softplus=True,
+            initial_state=None if ssm_state is None else ssm_state.flatten(1, 2).to(A.dtype),
+            return_final_state=True,
+        )
+        if cache is not None:
+            cache.update_recurrent_state(last_state.unflatten(1, (heads, -1)), self.layer_idx)
+        out: Tensor = self.out_proj(y)
+        return out
+
+
 class PatchedMambaMixer(_OperatorForward, MambaMixer):
     """A patched MambaMixer."""
 
@@ -124,6 +179,7 @@ _patched_classes: dict[type[nn.Module], type[nn.Module]] = {
     MambaMixer: PatchedMambaMixer,
     FalconMambaMixer: PatchedFalconMambaMixer,
     JambaMambaMixer: PatchedJambaMambaMixer,
+    ZambaMambaMixer: PatchedZambaMambaMixer,
 }
 _original_classes = {new: old for old, new in _patched_classes.items()}
 _forward_arguments = [
@@ -134,7 +190,7 @@ _forward_arguments = [
 def patch(model: Model) -> Model:
     """Make every Mamba-1 mixer of a transformers model compute with mambablock's operators.
 
-    MambaMixer, FalconMambaMixer and JambaMambaMixer are known. Only the code changes, in place: the
+    MambaMixer, FalconMambaMixer, JambaMambaMixer and ZambaMambaMixer are known. Only the code changes, in place: the
     weights, the cache and the state_dict stay what they were. A model that is already patched stays
     as it is.
 
