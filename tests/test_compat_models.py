@@ -227,14 +227,17 @@ def test_other_layers(options: dict[str, Any]) -> None:
 # A stand-in for what only kernels need: everything that is asked of it is there, and decorates.
 TRITON = """
 class Anything:
-    def __getattr__(self, name): return Anything()
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
     def __call__(self, *args, **kwargs):
         return args[0] if len(args) == 1 and callable(args[0]) else Anything()
 import sys
 class Module(type(sys)):
     __version__ = "3.0.0"
     __path__ = []
-    def __getattr__(self, name): return Anything()
+    __getattr__ = Anything.__getattr__
 for name in ("triton", "triton.language", "triton.language.extra"):
     sys.modules[name] = Module(name)
 """

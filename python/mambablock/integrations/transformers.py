@@ -190,9 +190,9 @@ _forward_arguments = [
 def patch(model: Model) -> Model:
     """Make every Mamba-1 mixer of a transformers model compute with mambablock's operators.
 
-    MambaMixer, FalconMambaMixer, JambaMambaMixer and ZambaMambaMixer are known. Only the code changes, in place: the
-    weights, the cache and the state_dict stay what they were. A model that is already patched stays
-    as it is.
+    MambaMixer, FalconMambaMixer, JambaMambaMixer and ZambaMambaMixer are known. Only the code
+    changes, in place: the weights, the cache and the state_dict stay what they were. A model that
+    is already patched stays as it is.
 
     Differences from an unpatched model: the scan and its sums are float32 whatever the weights'
     type; several tokens at once continue a cache's state, where transformers restarts the scan;
