@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from mambablock.compat.mamba_ssm.ops.triton.layer_norm import (
     rms_norm_ref,
 )
 from mambablock.compat.mamba_ssm.utils.generation import InferenceParams, decode, sample
-from other_packages import sources
+from other_packages import TRITON_STAND_IN, run_program
 
 # Float64 sums in another order.
 assert_same = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
@@ -224,25 +221,8 @@ def test_other_layers(options: dict[str, Any]) -> None:
         create_block(8, 0, layer_idx=0, **options)
 
 
-# A stand-in for what only kernels need: everything that is asked of it is there, and decorates.
-TRITON = """
-class Anything:
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything()
-    def __call__(self, *args, **kwargs):
-        return args[0] if len(args) == 1 and callable(args[0]) else Anything()
-import sys
-class Module(type(sys)):
-    __version__ = "3.0.0"
-    __path__ = []
-    __getattr__ = Anything.__getattr__
-for name in ("triton", "triton.language", "triton.language.extra"):
-    sys.modules[name] = Module(name)
-"""
 PICKLE = (
-    TRITON
+    TRITON_STAND_IN
     + """
 import torch, sys
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -271,15 +251,6 @@ print("same")
 
 def test_a_model_that_mamba_ssm_pickled(tmp_path: Path) -> None:
     pytest.importorskip("einops", reason="mamba-ssm needs einops")
-    folder = sources("mamba-ssm")
     path = str(tmp_path / "model.pt")
-    for program, found in ((PICKLE, [str(folder)]), (UNPICKLE, [])):
-        paths = os.pathsep.join([*found, os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(
-            [sys.executable, "-c", program, path],
-            env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    assert done.stdout == "same\n"
+    run_program(PICKLE, path, packages=("mamba-ssm",))
+    assert run_program(UNPICKLE, path) == "same\n"

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import importlib
 import inspect
 import pickle
+import re
 import runpy
 import sys
 from functools import partial
@@ -20,7 +22,12 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from mambablock.integrations.transformers import patch, patched, unpatch  # noqa: E402
+from mambablock.integrations.transformers import (  # noqa: E402
+    _patched_classes,
+    patch,
+    patched,
+    unpatch,
+)
 
 # float32 sums of some hundred terms in another order.
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
@@ -256,6 +263,21 @@ def test_other_activation() -> None:
     model = make_model("mamba", hidden_act="gelu")
     expected = model(ids := tokens()).logits
     assert_close(patch(model)(ids).logits, expected)
+
+
+def test_every_mamba_1_mixer_is_known() -> None:
+    """Of the installed transformers, by its sources: what projects to dt, B and C by x_proj."""
+    found = set()
+    models = Path(transformers.__file__).parent / "models"
+    for path in models.glob("*/modeling_*.py"):
+        source = path.read_text()
+        if "A_log" not in source or "x_proj" not in source:
+            continue
+        for node in ast.parse(source).body:
+            own = ast.get_source_segment(source, node) if isinstance(node, ast.ClassDef) else ""
+            if re.search(r"self\.x_proj\w* =", own) and "self.A_log =" in own:
+                found.add(node.name)
+    assert found == {mixer.__name__ for mixer in _patched_classes}
 
 
 # Patching

@@ -83,22 +83,28 @@ class BidirectionalMambaBlock(nn.Module):
         check_sequences(fwd, hidden_states, None, None, cu_seqlens)
         xz = fwd.in_proj(hidden_states)
         if self.share == "convolution":
-            y, y_rev = self._scans(*xz.chunk(2, dim=-1), cu_seqlens)
+            y, y_rev = self._scans(xz, cu_seqlens)
         else:
             xz_rev = xz if rev.in_proj is fwd.in_proj else rev.in_proj(hidden_states)
-            y = fwd._mix(*xz.chunk(2, dim=-1), None, None, None, cu_seqlens, False)[0]
-            y_rev = rev._mix(*xz_rev.chunk(2, dim=-1), None, None, None, cu_seqlens, True)[0]
+            y = self._mixed(fwd, xz, cu_seqlens, False)
+            y_rev = self._mixed(rev, xz_rev, cu_seqlens, True)
         if self.merge == "add" and rev.out_proj is fwd.out_proj:
             merged: Tensor = fwd.out_proj(y + y_rev)
             return merged
-        y, y_rev = fwd.out_proj(y), rev.out_proj(y_rev)
+        y, y_rev = (block.out_proj(t) for block, t in ((fwd, y), (rev, y_rev)))
         if self.merge == "concatenate":
             return torch.cat([y, y_rev], dim=-1)
         return y + y_rev if self.merge == "add" else y * y_rev
 
-    def _scans(self, inputs: Tensor, z: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _mixed(block: MambaBlock, xz: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
+        inputs, z = xz.chunk(2, dim=-1)
+        return block._mix(inputs, z, None, None, None, cu_seqlens, reverse)[0]
+
+    def _scans(self, xz: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scans in both directions of one convolution, each with its own A."""
         fwd = self.mamba_fwd
+        inputs, z = xz.chunk(2, dim=-1)
         weight, bias = fwd.conv1d.weight.squeeze(1), fwd.conv1d.bias
         x = causal_conv1d(inputs, weight, bias=bias, silu=True, cu_seqlens=cu_seqlens)
         delta, delta_bias, B, C = fwd._selection(x)

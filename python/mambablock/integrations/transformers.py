@@ -148,17 +148,24 @@ class PatchedZambaMambaMixer(ZambaMambaMixer):
         dt, B, C = of_heads.split(sizes, dim=-1)
         delta = torch.einsum("blhr,hdr->blhd", dt, self.dt_proj_weight).flatten(2)
         A = -torch.exp(in_scan_dtype(self.A_log)).flatten(0, 1)
-        y, last_state = selective_scan(
-            *(x, delta, A, B, C),
-            D=in_scan_dtype(self.D).flatten(),
-            z=z,
-            delta_bias=in_scan_dtype(self.dt_proj_bias).flatten(),
-            delta_softplus=True,
-            initial_state=None if ssm_state is None else ssm_state.flatten(1, 2).to(A.dtype),
-            return_final_state=True,
-        )
-        if cache is not None:
-            cache.update_recurrent_state(last_state.unflatten(1, (heads, -1)), self.layer_idx)
+        options: dict[str, Any] = {
+            "D": in_scan_dtype(self.D).flatten(),
+            "delta_bias": in_scan_dtype(self.dt_proj_bias).flatten(),
+            "delta_softplus": True,
+        }
+        if ssm_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            h = ssm_state.view(ssm_state.shape[0], -1, ssm_state.shape[-1])
+            u, delta, B, C, z = (t[:, 0] for t in (x, delta, B, C, z))
+            y = selective_state_update(h, u, delta, A, B, C, z=z, **options)[:, None]
+        else:
+            if ssm_state is not None:
+                ssm_state = ssm_state.flatten(1, 2).to(A.dtype, copy=True)
+            y, last_state = selective_scan(
+                x, delta, A, B, C, z=z, initial_state=ssm_state, return_final_state=True, **options
+            )
+            if cache is not None:
+                last_state = last_state.unflatten(1, (heads, -1))
+                cache.update_recurrent_state(last_state, self.layer_idx)
         out: Tensor = self.out_proj(y)
         return out
 
