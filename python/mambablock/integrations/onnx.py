@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import graph, script
+from onnxscript import FLOAT, graph, script
 from onnxscript import opset18 as op
 from torch import Tensor, nn
 
@@ -119,7 +119,7 @@ def _selective_scan(
         dt = op.Add(dt, _float(delta_bias))
     if delta_softplus:
         dt = op.Softplus(dt)
-    per_step = [_of_channels(_float(t), channels) for t in (B, C)]
+    per_step = [_of_channels(t, channels) for t in (B, C)]
     ordered = [_reversed(t, reverse) for t in (inputs, dt, *per_step)]
     h = _zeros(inputs, [channels, states]) if initial_state is None else initial_state
     final_state, y = _scan(h, _float(A), *ordered)
@@ -134,7 +134,7 @@ def _selective_scan(
 
 
 @script()  # type: ignore[untyped-decorator]
-def _scan(h, A, u, dt, B, C):  # type: ignore[no-untyped-def]
+def _scan(h: FLOAT, A: FLOAT, u: FLOAT, dt: FLOAT, B: FLOAT, C: FLOAT) -> tuple[FLOAT, FLOAT]:
     """The recurrence: h (batch, d_inner, d_state), the rest with time as their second dimension."""
 
     @graph()  # type: ignore[untyped-decorator]
@@ -164,9 +164,9 @@ def _scan(h, A, u, dt, B, C):  # type: ignore[no-untyped-def]
 def _of_channels(tensor: Any, channels: int) -> Any:
     """B or C as (batch, length, 1 or d_inner, d_state)."""
     if len(tensor.shape) == 3:
-        return op.Unsqueeze(tensor, _ints(2))
+        return op.Unsqueeze(_float(tensor), _ints(2))
     groups, states = tensor.shape[2:]
-    runs = op.Expand(op.Unsqueeze(tensor, _ints(3)), _ints(1, 1, 1, channels // groups, 1))
+    runs = op.Expand(op.Unsqueeze(_float(tensor), _ints(3)), _ints(1, 1, 1, channels // groups, 1))
     return op.Reshape(runs, _ints(0, 0, channels, states))
 
 
