@@ -132,7 +132,7 @@ def test_both_directions_of_packed_sequences(share: str) -> None:
 
 
 def test_nothing_is_flipped() -> None:
-    """No tensor but the convolution's, delta's and the like is as large as the activations."""
+    """The operators run backward in time over the same memory."""
     block = make_both(share="projections")
     with torch.profiler.profile() as profile:
         block(torch.randn(2, 9, 6, dtype=torch.float64))

@@ -224,9 +224,12 @@ def test_other_layers(options: dict[str, Any]) -> None:
 PICKLE = (
     TRITON_STAND_IN
     + """
+import mambablock.compat
+mambablock.compat.install()  # gives it the extensions that it imports
 import torch, sys
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 from mamba_ssm.models.config_mamba import MambaConfig
+assert "mambablock" not in MambaLMHeadModel.__module__
 torch.manual_seed(0)
 config = MambaConfig(d_model=24, n_layer=2, vocab_size=61, d_intermediate=40)
 torch.save(MambaLMHeadModel(config), sys.argv[1])
