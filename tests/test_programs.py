@@ -162,7 +162,7 @@ assert torch.equal(generated(False), generated(True))
         pytest.param(TRANSFORMERS, (), id="transformers"),
     ],
 )
-def test_program(program: str, packages: tuple[str, ...], record_property: object) -> None:
+def test_program(program: str, packages: tuple[str, ...]) -> None:
     pytest.importorskip("transformers")
     if packages and packages[0] != "mambapy":
         pytest.importorskip("einops", reason="these programs need einops")

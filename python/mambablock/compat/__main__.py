@@ -39,7 +39,8 @@ def main() -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
+        error = error.with_traceback(_of_the_program(error.__traceback__))
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
