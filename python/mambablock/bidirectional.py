@@ -88,13 +88,15 @@ class BidirectionalMambaBlock(nn.Module):
             xz_rev = xz if rev.in_proj is fwd.in_proj else rev.in_proj(hidden_states)
             y = self._mixed(fwd, xz, cu_seqlens, False)
             y_rev = self._mixed(rev, xz_rev, cu_seqlens, True)
+        merged: Tensor
         if self.merge == "add" and rev.out_proj is fwd.out_proj:
-            merged: Tensor = fwd.out_proj(y + y_rev)
+            merged = fwd.out_proj(y + y_rev)
             return merged
         y, y_rev = (block.out_proj(t) for block, t in ((fwd, y), (rev, y_rev)))
         if self.merge == "concatenate":
             return torch.cat([y, y_rev], dim=-1)
-        return y + y_rev if self.merge == "add" else y * y_rev
+        merged = y + y_rev if self.merge == "add" else y * y_rev
+        return merged
 
     @staticmethod
     def _mixed(block: MambaBlock, xz: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import FLOAT, graph, script
-from onnxscript import opset18 as op
+from onnxscript import FLOAT, graph, opset18, script
 from torch import Tensor, nn
 
 from .. import _library  # noqa: F401  (loads the operators)
 
 __all__ = ["WithStates", "translations"]
 
+op: Any = opset18
 _last = 2**62
 
 
@@ -133,11 +133,11 @@ def _selective_scan(
     return op.CastLike(y, u), final_state, saved_states
 
 
-@script()  # type: ignore[untyped-decorator]
+@script()
 def _scan(h: FLOAT, A: FLOAT, u: FLOAT, dt: FLOAT, B: FLOAT, C: FLOAT) -> tuple[FLOAT, FLOAT]:
     """The recurrence: h (batch, d_inner, d_state), the rest with time as their second dimension."""
 
-    @graph()  # type: ignore[untyped-decorator]
+    @graph()
     def step(h, A, u, dt, B, C):  # type: ignore[no-untyped-def]
         last = op.Constant(value_ints=[-1])
         decay = op.Exp(op.Mul(op.Unsqueeze(dt, last), A))
