@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import importlib
 import inspect
 import pickle
+import re
 import runpy
 import sys
 from functools import partial
@@ -20,7 +22,12 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from mambablock.integrations.transformers import patch, patched, unpatch  # noqa: E402
+from mambablock.integrations.transformers import (  # noqa: E402
+    _patched_classes,
+    patch,
+    patched,
+    unpatch,
+)
 from operators import Calls  # noqa: E402
 
 # float32 sums of some hundred terms in another order.
@@ -42,11 +49,22 @@ JAMBA = SIZES | {
     "num_experts": 2,
     "num_experts_per_tok": 1,
 }
+ZAMBA = SIZES | {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["mamba", "hybrid", "mamba"],
+    "mamba_d_state": 6,
+    "mamba_dt_rank": 3,
+    "n_mamba_heads": 2,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 CONFIGS: dict[str, Any] = {
     "mamba": partial(transformers.MambaConfig, **MAMBA),
     "mamba with biases": partial(transformers.MambaConfig, **MAMBA, use_bias=True, conv_kernel=3),
     "falcon_mamba": partial(transformers.FalconMambaConfig, **MAMBA),
     "jamba": partial(transformers.JambaConfig, **JAMBA),
+    "zamba": partial(transformers.ZambaConfig, **ZAMBA),
 }
 
 
@@ -166,7 +184,8 @@ def one_token(model: Any, ids: Tensor) -> Calls:
 
 def test_decoding_is_one_operator_a_mixer_and_one_for_the_head(model: Any) -> None:
     calls = one_token(patch(model), tokens())
-    assert len(calls.of("mambablock::mamba_step")) == len(mixers(model))
+    heads = hasattr(mixers(model)[0], "n_mamba_heads")  # which the operator does not have
+    assert len(calls.of("mambablock::mamba_step")) == (0 if heads else len(mixers(model)))
     assert len(calls.of("mambablock::linear")) == 1
 
 
@@ -291,6 +310,21 @@ def test_other_activation() -> None:
     model = make_model("mamba", hidden_act="gelu")
     expected = model(ids := tokens()).logits
     assert_close(patch(model)(ids).logits, expected)
+
+
+def test_every_mamba_1_mixer_is_known() -> None:
+    """Of the installed transformers, by its sources: what projects to dt, B and C by x_proj."""
+    found = set()
+    models = Path(transformers.__file__).parent / "models"
+    for path in models.glob("*/modeling_*.py"):
+        source = path.read_text()
+        if "A_log" not in source or "x_proj" not in source:
+            continue
+        for node in ast.parse(source).body:
+            own = ast.get_source_segment(source, node) if isinstance(node, ast.ClassDef) else ""
+            if re.search(r"self\.x_proj\w* =", own) and "self.A_log =" in own:
+                found.add(node.name)
+    assert found == {mixer.__name__ for mixer in _patched_classes}
 
 
 # Patching

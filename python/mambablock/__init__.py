@@ -3,6 +3,7 @@
 
 from . import reference
 from ._build_info import build_info
+from .bidirectional import BidirectionalMambaBlock
 from .block import MambaBlock, MambaState
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
@@ -12,6 +13,7 @@ from .selective_scan import selective_scan
 from .selective_state_update import selective_state_update
 
 __all__ = [
+    "BidirectionalMambaBlock",
     "MambaBlock",
     "MambaState",
     "build_info",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None
     return dt_proj(dt), None
 
 
-def recomputed_but_scan(function: Callable[..., Result], *args: Tensor | None) -> Result:
+def recomputed_but_scan(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), recomputed in the backward but for the scan; only args are saved."""
     kept = [torch.ops.mambablock.selective_scan.default]
     result: Result = checkpoint(

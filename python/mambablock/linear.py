@@ -29,7 +29,6 @@ def _fake(a: Any) -> Tensor:
     return y
 
 
-@torch.library.register_vmap("mambablock::linear")
 def _vmap(
     info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, int]:
@@ -43,6 +42,7 @@ def _vmap(
     return y.to(x.dtype), 0
 
 
+torch.library.register_vmap("mambablock::linear", _vmap)
 _prepare = library.prepared("linear")
 
 

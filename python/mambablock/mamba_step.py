@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _library as library
 from ._layers import is_plain_linear
@@ -93,7 +93,7 @@ def mamba_step(
     return y
 
 
-def can_step(mixer: nn.Module, x: Tensor) -> bool:
+def can_step(mixer: Any, x: Tensor) -> bool:
     """Whether mamba_step may stand for a step of a mixer with MambaBlock's parameters, whose linear
     layers are then called by nobody."""
     layers = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)

@@ -34,6 +34,7 @@ try:
     )
     from transformers.models.jamba.modeling_jamba import JambaMambaMixer, JambaRMSNorm
     from transformers.models.mamba.modeling_mamba import MambaMixer
+    from transformers.models.zamba.modeling_zamba import ZambaMambaMixer
 except ImportError as error:
     raise ImportError(f"mambablock.integrations.transformers: {_wanted}: {error}") from None
 
@@ -58,7 +59,8 @@ class _OperatorForward:
         width = self.conv_kernel_size
         conv_state, ssm_state = _cached_states(cache, self.layer_idx)
         if conv_state is not None and attention_mask is None and hidden_states.shape[1] == 1:
-            y = self._step(hidden_states[:, 0], conv_state, ssm_state, cache.layers[self.layer_idx])
+            token, layer = hidden_states[:, 0], cache.layers[self.layer_idx]
+            y: Tensor | None = self._step(token, conv_state, ssm_state, layer)
             if y is not None:
                 return y[:, None]
         silu = self.activation in ("silu", "swish")
@@ -134,9 +136,69 @@ class _OperatorForward:
         ):
             return None
         conv_state[..., 0] = conv_state[..., 1]  # the one input that the operator does not need
-        return step_mixer(
-            self, conv_state[..., 1:].transpose(1, 2), ssm_state, hidden_states, *norms
+        conv_state = conv_state[..., 1:].transpose(1, 2)
+        return step_mixer(self, conv_state, ssm_state, hidden_states, *norms)
+
+
+class PatchedZambaMambaMixer(ZambaMambaMixer):
+    """A patched ZambaMambaMixer: heads have their own projections and are the scan's groups."""
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        cache_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        cache = cache_params if cache is None else cache
+        width, heads, silu = self.conv_kernel_size, self.n_mamba_heads, self.activation == "silu"
+        conv_state, ssm_state = _cached_states(cache, self.layer_idx)
+        # The rows of in_proj are of x and of z in turn.
+        projected = self.in_proj(_masked(hidden_states, attention_mask))
+        inputs, z = projected.unflatten(-1, (-1, 2)).unbind(-1)
+        if conv_state is not None:
+            conv_state = conv_state[..., conv_state.shape[-1] - (width - 1) :].transpose(1, 2)
+            conv_state = conv_state.to(in_scan_dtype(inputs).dtype, copy=True)
+        x = causal_conv1d(
+            inputs,
+            self.conv1d.weight.squeeze(1),
+            bias=self.conv1d.bias,
+            silu=silu,
+            initial_state=conv_state,
         )
+        x = _masked(x if silu else self.act(x), attention_mask)
+        if cache is not None:
+            new_inputs = inputs.transpose(1, 2)
+            if conv_state is None:
+                new_inputs = F.pad(new_inputs, (max(width - inputs.shape[1], 0), 0))[..., -width:]
+            cache.update_conv_state(new_inputs, self.layer_idx)
+
+        of_heads = torch.einsum("blhd,hrd->blhr", x.unflatten(-1, (heads, -1)), self.x_proj_weight)
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        dt, B, C = of_heads.split(sizes, dim=-1)
+        delta = torch.einsum("blhr,hdr->blhd", dt, self.dt_proj_weight).flatten(2)
+        A = -torch.exp(in_scan_dtype(self.A_log)).flatten(0, 1)
+        options: dict[str, Any] = {
+            "D": in_scan_dtype(self.D).flatten(),
+            "delta_bias": in_scan_dtype(self.dt_proj_bias).flatten(),
+            "delta_softplus": True,
+        }
+        if ssm_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            h = ssm_state.view(ssm_state.shape[0], -1, ssm_state.shape[-1])
+            u, delta, B, C, z = (t[:, 0] for t in (x, delta, B, C, z))
+            y = selective_state_update(h, u, delta, A, B, C, z=z, **options)[:, None]
+        else:
+            if ssm_state is not None:
+                ssm_state = ssm_state.flatten(1, 2).to(A.dtype, copy=True)
+            y, last_state = selective_scan(
+                x, delta, A, B, C, z=z, initial_state=ssm_state, return_final_state=True, **options
+            )
+            if cache is not None:
+                last_state = last_state.unflatten(1, (heads, -1))
+                cache.update_recurrent_state(last_state, self.layer_idx)
+        out: Tensor = self.out_proj(y)
+        return out
 
 
 class PatchedMambaMixer(_OperatorForward, MambaMixer):
@@ -162,6 +224,7 @@ _patched_classes: dict[type[nn.Module], type[nn.Module]] = {
     MambaMixer: PatchedMambaMixer,
     FalconMambaMixer: PatchedFalconMambaMixer,
     JambaMambaMixer: PatchedJambaMambaMixer,
+    ZambaMambaMixer: PatchedZambaMambaMixer,
 }
 _patched_heads: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FewRowsLinear}
 _original_classes = {n: old for old, n in (_patched_classes | _patched_heads).items()}
@@ -173,10 +236,9 @@ _forward_arguments = [
 def patch(model: Model) -> Model:
     """Make every Mamba-1 mixer of a transformers model compute with mambablock's operators.
 
-    MambaMixer, FalconMambaMixer and JambaMambaMixer are known; a head that is a plain nn.Linear
-    becomes faster for few tokens. Only the code changes, in place: the
-    weights, the cache and the state_dict stay what they were. A model that is already patched stays
-    as it is.
+    MambaMixer, FalconMambaMixer, JambaMambaMixer and ZambaMambaMixer are known; a head that is a
+    plain nn.Linear becomes faster for few tokens. Only the code changes, in place: the weights, the
+    cache and the state_dict stay what they were. A model that is already patched stays as it is.
 
     Differences from an unpatched model: the scan and its sums are float32 whatever the weights'
     type; several tokens at once continue a cache's state, where transformers restarts the scan;
@@ -236,7 +298,7 @@ def _patch(function: str, model: nn.Module) -> None:
 
 def _heads(model: nn.Module) -> list[nn.Module]:
     models = (m for m in model.modules() if isinstance(m, transformers.PreTrainedModel))
-    heads = (m.get_output_embeddings() for m in models)
+    heads = (m.get_output_embeddings() for m in models)  # type: ignore[no-untyped-call]
     return [head for head in dict.fromkeys(heads) if type(head) in _patched_heads]
 
 
@@ -287,8 +349,9 @@ def _step_norms(mixer: Any) -> tuple[list[Tensor | None], float | None] | None:
     norms = (mixer.dt_layernorm, mixer.b_layernorm, mixer.c_layernorm)
     if not all(map(is_plain, norms)):
         return None
+    weights: list[Tensor | None] = [None] * 3
     if all(type(norm) is FalconMambaWeightlessRMSNorm for norm in norms):
-        weights, eps = [None] * 3, {norm.eps for norm in norms}
+        eps = {norm.eps for norm in norms}
     elif all(type(norm) is JambaRMSNorm for norm in norms):
         weights, eps = [n.weight for n in norms], {norm.variance_epsilon for norm in norms}
     else:
