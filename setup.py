@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-# Set, it makes a wheel for every Linux of this processor, torch and Python; see tools/wheel/stubs.py.
+# Where set, the wheel is for every Linux, torch and Python of it; see tools/wheel/stubs.py.
 WHEEL_PLATFORM = os.environ.get("MAMBABLOCK_WHEEL_PLATFORM")
 SOURCE = Path(__file__).parent.resolve()
 
@@ -54,7 +54,9 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         if sys.platform != "linux":
-            raise SystemExit(f"mambablock: expected Linux; got {sys.platform}, which is not supported")
+            raise SystemExit(f"mambablock: expected Linux; got {sys.platform}")
+        if WHEEL_PLATFORM not in (None, "x86_64", "aarch64"):
+            raise SystemExit(f"mambablock: expected x86_64 or aarch64; got {WHEEL_PLATFORM}")
         torch = find_torch()
         pybind11 = package_folder("pybind11")
         cmake = find_program("cmake")
