@@ -32,9 +32,10 @@ def _load(name: str) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
+        system = ", ".join((sys.platform, platform.machine(), *platform.libc_ver()))
         raise ImportError(
-            f"mambablock: {path} must be of this machine ({sys.platform}, {platform.machine()}, "
-            f"{' '.join(platform.libc_ver())}) and run with torch {torch.__version__}; got {error}"
+            f"mambablock: {path} must be for this machine ({system}) and torch "
+            f"{torch.__version__}; got {error.__cause__ or error}"
         ) from error
 
 
@@ -46,7 +47,7 @@ def _load_all() -> None:
     # A second copy would register the same operators, and crash.
     if hasattr(torch.ops.mambablock, "selective_scan"):
         loaded = {p.parent for p in map(Path, torch.ops.loaded_libraries) if p.name == LIBRARY}
-        if loaded != {FOLDER}:
+        if loaded != {FOLDER.resolve()}:
             copies = ", ".join(map(str, sorted(loaded))) or "an unknown folder"
             raise ImportError(
                 f"mambablock: a process must have one copy of it; got {copies} and {FOLDER}"
