@@ -70,10 +70,16 @@ def audit(machine: str) -> None:
     size, most = path.stat().st_size, MOST_BYTES[machine]
     if size > most:
         raise SystemExit(f"mambablock: {path.name} must have at most {most} bytes; got {size}")
-    report = run(sys.executable, "-m", "auditwheel", "show", path)
-    if f'tag: "{TAG}_{machine}"' not in " ".join(report.split()):
+    report = " ".join(run(sys.executable, "-m", "auditwheel", "show", path).split())
+    glibc = re.findall(rf'constrains the platform tag to "manylinux_2_(\d+)_{machine}"', report)
+    if [int(minor) > 28 for minor in glibc] != [False]:
         raise SystemExit(f"{report}\nmambablock: {path.name} must be of {TAG}_{machine}")
-    print(f"{path.name}: {size / 1e6:.1f} MB", flush=True)
+    if machine == platform.machine():
+        run(
+            *(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--exclude=libtorch*.so"),
+            *(f"--plat={TAG}_{machine}", "--wheel-dir=repaired", path),
+        )
+    print(f"{path.name}: {size / 1e6:.2f} MB, manylinux_2_{glibc[0]} would do", flush=True)
 
 
 def smoke(folder: Path, *python: str | Path, inside: str = "", **environment: str) -> Row:
@@ -219,8 +225,9 @@ def main() -> None:
     if unknown := [name for name in names if name not in ENVIRONMENTS]:
         parser.error(f"NAME must be one of {', '.join(ENVIRONMENTS)}; got {unknown[0]}")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for machine in sorted({"aarch64" if "arm64" in name else platform.machine() for name in names}):
-        audit(machine)
+    for machine in MOST_BYTES:
+        if machine == platform.machine() or any(ROOT.glob(f"dist/*_{machine}.whl")):
+            audit(machine)
     for name in names:
         folder = FOLDER / name.replace(" ", "-")
         shutil.rmtree(folder, ignore_errors=True)
