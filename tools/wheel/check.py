@@ -76,8 +76,8 @@ def audit(machine: str) -> None:
         raise SystemExit(f"{report}\nmambablock: {path.name} must be of {TAG}_{machine}")
     if machine == platform.machine():
         run(
-            *(sys.executable, "-m", "auditwheel", "repair", "--only-plat", "--exclude=libtorch*.so"),
-            *(f"--plat={TAG}_{machine}", "--wheel-dir=repaired", path),
+            *(sys.executable, "-m", "auditwheel", "repair", f"--plat={TAG}_{machine}"),
+            *("--only-plat", "--exclude=libtorch*.so", "--wheel-dir=repaired", path),
         )
     print(f"{path.name}: {size / 1e6:.2f} MB, manylinux_2_{glibc[0]} would do", flush=True)
 
