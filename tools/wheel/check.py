@@ -175,7 +175,8 @@ def aarch64(suite: str, python: str, torch: str, folder: Path) -> Row:
     environment = {"PATH": "", "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     found = smoke(folder, *python3, **environment)
     files = [folder / f"tests/test_{name}.py" for name in TESTS]
-    tests = run(*python3, "-m", "pytest", "-q", *files, **environment).splitlines()[-1]
+    options = ("-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider")
+    tests = run(*python3, "-m", "pytest", *options, *files, **environment).splitlines()[-1]
     (passed,) = re.findall(r"\d+ passed", tests)
     return found | {"ran": f"{SMOKE}; the operators' tests: {passed}"}
 

@@ -73,6 +73,11 @@ template <class V, class T>
 [[gnu::always_inline]] inline V load_whole(const T* source) {
   if constexpr (std::is_same_v<T, ScalarOf<V>>) {
     return load_vector<V>(source);
+#if defined(__aarch64__)
+  } else if constexpr (std::is_same_v<T, BFloat16> && !is_float64<V>) {
+    // g++ 12 converts a generic vector of 64 bits lane by lane.
+    return V(vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(&source->bits)), 16)));
+#endif
   } else if constexpr (std::is_same_v<T, BFloat16> && !is_float64<V>) {
     Halves<V> halves;
     memcpy(&halves, source, sizeof halves);
