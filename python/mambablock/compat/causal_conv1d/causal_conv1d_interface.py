@@ -16,6 +16,7 @@ from mambablock.compat._conv import conv, is_silu, update
 from mambablock.compat._explain import Forms, explained
 
 __all__ = [
+    "CausalConv1dFn",
     "causal_conv1d_fn",
     "causal_conv1d_ref",
     "causal_conv1d_update",
@@ -175,6 +176,12 @@ def causal_conv1d_update_ref(
     owner = "causal_conv1d_update_ref"
     silu = is_silu(owner, activation)
     return update(owner, x, conv_state, weight, bias, silu, cache_seqlens, None, plain=True)
+
+
+class CausalConv1dFn:
+    """For callers of causal-conv1d's autograd.Function by its name."""
+
+    apply = staticmethod(causal_conv1d_fn)
 
 
 def _is_activation(argument: object) -> bool:

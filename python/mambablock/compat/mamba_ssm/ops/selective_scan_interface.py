@@ -18,6 +18,8 @@ from mambablock.compat._inner import Norms, inner, out_proj
 from mambablock.compat._scan import per_time_forms, scan
 
 __all__ = [
+    "MambaInnerFn",
+    "SelectiveScanFn",
     "bimamba_inner_fn",
     "bimamba_inner_ref",
     "mamba_inner_fn",
@@ -376,3 +378,15 @@ def bimamba_inner_ref(
         out_proj_weight=out_proj_weight,
     )
     return out_proj(y, out_proj_weight, out_proj_bias)
+
+
+class SelectiveScanFn:
+    """For callers of mamba-ssm's autograd.Function by its name."""
+
+    apply = staticmethod(selective_scan_fn)
+
+
+class MambaInnerFn:
+    """For callers of mamba-ssm's autograd.Function by its name."""
+
+    apply = staticmethod(mamba_inner_fn)
