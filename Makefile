@@ -6,7 +6,6 @@ VENV ?= .venv
 bin := $(VENV)/bin
 sources := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 nvcc := $(shell command -v nvcc)
-cuda_library := python/mambablock/libmambablock_cuda.so
 
 # Without a GPU nothing here runs the CUDA library, which takes most of a build's time; a wheel has it
 # where there is nvcc, if it is of this machine's platform.
@@ -77,7 +76,7 @@ emulated := $(pytest) -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 
 cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0
-cuda-check: $(VENV)/installed-test $(if $(nvcc),$(cuda_library))
+cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 	$(call build_emulation,emulation,ON)
 	$(call build_emulation,emulation-sanitize,SANITIZE)
 	for seed in 1 2 3; do \
@@ -90,7 +89,7 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(cuda_library))
 	@$(if $(nvcc),,echo 'found no nvcc: the CUDA library is not built, nor its machine code checked')
 	$(if $(nvcc),$(bin)/python -m pytest tests/test_sass.py)
 
-sass: $(cuda_library)
+sass: $(VENV)/installed-sass
 	$(call build_emulation,emulation,ON)
 	$(bin)/python -m tools.sass $(ARGS)
 
@@ -200,6 +199,6 @@ $(VENV)/installed-%: $(VENV)/requirements $(sources)
 	touch $@
 
 # The same with the CUDA library, and what reads its machine code.
-$(cuda_library): $(VENV)/requirements $(sources)
+$(VENV)/installed-sass: $(VENV)/requirements $(sources)
 	MAMBABLOCK_CUDA=ON $(bin)/python -m pip install --quiet --no-build-isolation --editable '.[sass]'
 	touch $@
