@@ -172,7 +172,7 @@ clang-check: $(VENV)/installed-test
 	$(if $(clang),PYTHONPATH=$(clang_site) $(pytest) $(or $(ARGS),$(clang_tests)))
 
 docs: $(VENV)/docs-tools
-	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict --site-dir build/site
 
 # They read the sources, and need neither torch nor a build.
 $(VENV)/docs-tools: pyproject.toml

@@ -153,7 +153,8 @@ def old_glibc(suite: str, torch: str, folder: Path) -> Row:
                 "\n".join([*missing, f"mambablock: {inside} does not load in {suite}"])
             )
     glibc = re.findall(r"[\d.]+$", run("chroot", folder, "ldd", "--version").splitlines()[0])[0]
-    version = next((folder / "site").glob("torch-*.dist-info")).name.split("-")[1]
+    (version,) = (path.name.split("-")[1] for path in folder.glob("site/torch-*.dist-info"))
+    version = version.removesuffix(".dist")
     row = {"machine": platform.machine(), "glibc": glibc, "python": "", "torch": version}
     return row | {"simd_level": "", "ran": "`ldd -r` of the libraries"}
 
