@@ -24,8 +24,10 @@ from .correctness import WrongResultError, check_cpu, check_cuda
 from .device import NotReadyError, require_device
 from .implementations import CAUSAL_CONV1D, MAMBA_SSM, MAMBAPY, TRANSFORMERS, importable
 from .layout import measure_layout
+from .linear import measure_linear
 from .measure import in_fresh_process
 from .memory import measure_memory
+from .model import measure_model
 from .rate import measure_rate
 from .results import Results, figures_table, machine, targets_table
 from .scan import measure_scan
@@ -44,6 +46,8 @@ class Section(str, Enum):
     layout = "layout"
     block = "block"
     decode = "decode"
+    linear = "linear"
+    model = "model"
     memory = "memory"
 
 
@@ -69,6 +73,8 @@ suites = {
             Section.layout: measure_layout,
             Section.block: measure_block,
             Section.decode: measure_decode,
+            Section.linear: measure_linear,
+            Section.model: measure_model,
             Section.memory: measure_memory,
         },
         FULL,
