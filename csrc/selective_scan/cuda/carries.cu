@@ -238,8 +238,10 @@ __device__ __forceinline__ A scaled(A x, A exponent) {
 struct Compose {
   template <class A>
   __device__ ChunkMap<A> operator()(const ChunkMap<A>& first, const ChunkMap<A>& second) const {
-    if (second.exponent == ChunkMap<A>::kForget) return second;
-    return {first.exponent + second.exponent, scaled(first.local, second.exponent) + second.local};
+    const bool forgets = second.exponent == ChunkMap<A>::kForget;
+    const A exponent = first.exponent + second.exponent,
+            local = scaled(first.local, second.exponent) + second.local;
+    return {forgets ? second.exponent : exponent, forgets ? second.local : local};
   }
 };
 
