@@ -67,7 +67,7 @@ sanitize: $(VENV)/requirements
 # The tests of the operators on emulated CUDA kernels, in some orders of threads, then under the
 # sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
 # these architectures.
-emulation_tests := $(addprefix tests/test_,cuda.py operator_contract.py operator_errors.py \
+emulation_tests := $(addprefix tests/test_,cuda.py launches.py operator_contract.py operator_errors.py \
     operator_torch.py selective_scan.py causal_conv1d.py updates.py block.py block_construction.py \
     block_errors.py block_sequences.py block_torch.py recompute.py bidirectional.py \
     compat_causal_conv1d.py compat_errors.py compat_mamba_simple.py compat_mamba_ssm.py \
