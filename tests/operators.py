@@ -144,7 +144,7 @@ class Operator:
 
     def arguments(self, **given: Any) -> dict[str, Any]:
         """All arguments of torch.ops, in their order."""
-        defaults = {self.flag: True, "reverse": False, "save_states": True}
+        defaults = {self.flag: True, "reverse": False, "A_is_log": False, "save_states": True}
         given = dict.fromkeys(self.optional) | defaults | given
         return {name: given[name] for name in self.schema}
 

@@ -154,6 +154,16 @@ def test_time_in_one_piece_and_in_chunks(
     assert_matches_reference(SCAN, tensors, cu_seqlens=cu_seqlens, reverse=reverse)
 
 
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("d_state", [16, 20])
+def test_logarithm_of_A_in_chunks(d_state: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAMBABLOCK_EMULATION_MULTIPROCESSORS", "1000")
+    tensors = SCAN.make_inputs(1, 190, 70, d_state)
+    tensors["A"] = torch.randn(70, d_state)
+    assert torch.ops.mambablock.selective_scan_chunks(tensors["u"], 1) > 1
+    assert_matches_reference(SCAN, tensors, A_is_log=True)
+
+
 def test_chunks_of_no_groups() -> None:
     with pytest.raises(RuntimeError, match="groups must be a divisor of d_inner=4; got 0"):
         torch.ops.mambablock.selective_scan_chunks(torch.ones(2, 3, 4), 0)

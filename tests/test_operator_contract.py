@@ -94,7 +94,7 @@ def test_streaming_is_the_full_forward(op: Operator, cuts: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("parameters", ["float32", "as activations"])
-@pytest.mark.parametrize(("op", "size"), [(CONV, 4), (SCAN, 16)], ids=str)
+@pytest.mark.parametrize(("op", "size"), [(CONV, 4), (CONV, 6), (SCAN, 16), (SCAN, 20)], ids=str)
 def test_low_precision(op: Operator, size: int, dtype: torch.dtype, parameters: str) -> None:
     tensors = op.make_inputs(2, 70, 24, size, dtype=dtype)
     if parameters == "as activations":
@@ -123,7 +123,8 @@ def test_strides_shapes_and_options(op: Operator, data: st.DataObject) -> None:
             tensors[name] = wide[..., 1::2]
         elif layout == "expanded" and t.shape[0] > 0:
             tensors[name] = t[:1].expand(t.shape)
-    options = {name: data.draw(st.booleans()) for name in (op.flag, "reverse")}
+    flags = (op.flag, "reverse", *(["A_is_log"] if op is SCAN else []))
+    options = {name: data.draw(st.booleans()) for name in flags}
     summed = data.draw(st.booleans())
 
     def outputs(function: Any) -> dict[str, Tensor]:
@@ -142,6 +143,7 @@ GRADCHECKS: list[tuple[Operator, tuple[int, ...], tuple[str, ...], dict[str, Any
     *((CONV, (2, 5, 2), (), {"reverse": reverse}) for reverse in (False, True)),
     *((SCAN, (2, 5, 3, 2), (), {"reverse": reverse}) for reverse in (False, True)),
     *((op, (2, 5, 2), op.parameters, {}) for op in OVER_TIME),
+    (SCAN, (2, 5, 3, 2), (), {"A_is_log": True}),
     (SCAN, (1, 6, 4, 2, 2), (), {"cu_seqlens": [0, 2, 2, 6], "delta_softplus": False}),
 ]
 

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 import pytest
 import torch
 
 import mambablock
-from compare import assert_matches_reference
+from compare import assert_matches_reference, assert_same_bits, results
 from mambablock import reference
-from operators import SCAN, as_dtype
+from operators import DTYPES, SCAN, SCAN_UPDATE, Operator, as_dtype
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -29,6 +32,38 @@ def test_sizes(d_inner: int, d_state: int) -> None:
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_groups(groups: int) -> None:
     assert_matches_reference(SCAN, SCAN.make_inputs(2, 7, 6, 3, groups))
+
+
+SCANS = pytest.mark.parametrize("op", [SCAN, SCAN_UPDATE], ids=str)
+
+
+@SCANS
+@pytest.mark.parametrize("d_state", [1, 16, 20])
+@pytest.mark.parametrize("A_dtype", [torch.float64, torch.float32])
+def test_logarithm_of_A(op: Operator, d_state: int, A_dtype: torch.dtype) -> None:
+    tensors = op.make_inputs(2, 35, 6, d_state) if op is SCAN else op.make_inputs(2, 6, d_state)
+    tensors["A"] = torch.randn(6, d_state, dtype=A_dtype)
+    assert_matches_reference(op, tensors, A_is_log=True)
+
+
+@SCANS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("A_dtype", ["accumulator", "as activations"])
+def test_logarithm_of_A_gives_the_bits_of_exp(
+    op: Operator, dtype: torch.dtype, A_dtype: str
+) -> None:
+    if "MAMBABLOCK_EMULATION" in os.environ:
+        pytest.skip("emulated kernels have the C library's exp, which is not PyTorch's on the CPU")
+    tensors = op.make_inputs(2, dtype=dtype)
+    A_log = torch.randn_like(tensors["A"])
+    if A_dtype == "as activations":
+        A_log = A_log.to(dtype)
+
+    def with_exp(A: torch.Tensor, **others: torch.Tensor) -> object:
+        return op(A=-torch.exp(A.to(tensors["D"].dtype)), **others)
+
+    tensors["A"] = A_log
+    assert_same_bits(results(partial(op, A_is_log=True), tensors), results(with_exp, tensors))
 
 
 def test_wide_range_of_dt_and_unstable_A() -> None:

@@ -20,6 +20,15 @@ def test_types(op: Operator, dtype: torch.dtype, state_dtype: torch.dtype) -> No
     assert_matches_reference(op, tensors | {"state": tensors["state"].to(state_dtype)})
 
 
+@updates
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_as_activations(op: Operator, dtype: torch.dtype) -> None:
+    tensors = op.make_inputs(dtype=dtype)
+    assert_matches_reference(
+        op, tensors | {name: tensors[name].to(dtype) for name in op.parameters}
+    )
+
+
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("silu", [False, True])
 def test_conv_widths(width: int, silu: bool) -> None:

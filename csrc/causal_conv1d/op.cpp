@@ -42,8 +42,8 @@ struct Call : OpCall {
         .sequences = a.cu_seqlens ? states : 1,
         .silu = a.silu,
         .x = view(a.x),
-        .weight = keep(a.weight),
-        .bias = keep(a.bias),
+        .weight = keep_parameter(a.weight),
+        .bias = keep_parameter(a.bias),
         .initial_state = keep(a.initial_state),
     };
   }

@@ -8,8 +8,8 @@
 
 namespace mambablock {
 
-// Shapes as in the operator's schema. Parameters and states are contiguous, of float, or double for
-// float64 activations; an absent argument is a null pointer.
+// Shapes as in the operator's schema. States are contiguous, of float, or double for float64
+// activations; an absent argument is a null pointer.
 struct CausalConv1dInputs {
   DType dtype;
   int64_t batch, length, channels, width;
@@ -17,8 +17,8 @@ struct CausalConv1dInputs {
   bool silu;
 
   InputView x;                // (B, L, D)
-  const void* weight;         // (D, W)
-  const void* bias;           // (D)
+  ParameterView weight;       // (D, W)
+  ParameterView bias;         // (D)
   const void* initial_state;  // (B|S, W-1, D)
 };
 

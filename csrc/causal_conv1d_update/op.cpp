@@ -3,6 +3,7 @@
 // causal_conv1d_update: one decoding step of causal_conv1d.
 #include "causal_conv1d/checks.h"
 #include "causal_conv1d_update/backend.h"
+#include "common/host/parameters.h"
 #include "common/host/views.h"
 
 namespace mambablock {
@@ -23,8 +24,8 @@ std::array<Tensor, 1> causal_conv1d_update(const Arguments& a) {
       checks.state("state", a.state, "(rows, d_conv - 1, d_inner)", {"d_conv - 1", width.value - 1},
                    channels, a.state_indices);
   const Tensor y = torch::stable::new_empty(a.x, {checks.batch().value, channels.value});
-  const OptionalTensor weight = contiguous_as(a.weight, checks.accumulator_type()),
-                       bias = contiguous_as(a.bias, checks.accumulator_type());
+  const KernelParameter weight = kernel_parameter(checks, a.weight),
+                        bias = kernel_parameter(checks, a.bias);
   const CausalConv1dUpdateParams p{
       .dtype = checks.dtype(),
       .state_dtype = state_dtype,
@@ -38,8 +39,8 @@ std::array<Tensor, 1> causal_conv1d_update(const Arguments& a) {
       .state_step = a.state.stride(1),
       .state_channel = a.state.stride(2),
       .x = step_view(a.x),
-      .weight = data_of(weight),
-      .bias = data_of(bias),
+      .weight = weight.view,
+      .bias = bias.view,
       .y = {y.mutable_data_ptr(), channels.value},
   };
   run_update(checks, p, a.state_indices);

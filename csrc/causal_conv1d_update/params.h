@@ -8,8 +8,7 @@
 
 namespace mambablock {
 
-// One time step of the convolution, so the views' time strides are unused. Parameters are
-// contiguous, of float, or double for float64 activations; an absent one is a null pointer.
+// One time step of the convolution, so the views' time strides are unused.
 struct CausalConv1dUpdateParams {
   DType dtype, state_dtype;
   int64_t batch, channels, width;
@@ -19,10 +18,10 @@ struct CausalConv1dUpdateParams {
   void* state;  // (rows, W-1, D), strides in elements
   int64_t state_row, state_step, state_channel;
 
-  InputView x;         // (B, D)
-  const void* weight;  // (D, W)
-  const void* bias;    // (D)
-  OutputView y;        // (B, D)
+  InputView x;           // (B, D)
+  ParameterView weight;  // (D, W)
+  ParameterView bias;    // (D)
+  OutputView y;          // (B, D)
 };
 
 }  // namespace mambablock

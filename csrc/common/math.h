@@ -257,6 +257,13 @@ MAMBABLOCK_INLINE V exp(V x) {
   }
 }
 
+// -e^x of a scalar, by the C library on every device, as PyTorch computes A of A_log.
+template <class A>
+MAMBABLOCK_INLINE A negative_exp(A x) {
+  if constexpr (is_float64<A>) return -::exp(x);
+  return -::expf(float(x));
+}
+
 // log(1 + x) for x in [0, 1]: x times a minimax polynomial of relative error 2^-27.7. At most 3
 // ULP.
 template <class V>

@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "common/dtype.h"
+
 namespace mambablock {
 
 // A pack is this many neighbours, which a CUDA kernel moves by one access where they are contiguous
@@ -32,6 +34,14 @@ struct GroupedView {
   const void* data = nullptr;
   int64_t batch = 0, time = 0, group = 0, state = 0;
   bool packs = false;  // of states
+};
+
+// A contiguous parameter; an absent one's data is null. The CPU's kernels take accumulators, CUDA's
+// float32 or the activations' type.
+struct ParameterView {
+  const void* data = nullptr;
+  DType dtype{};
+  bool is_log = false;  // for CUDA's kernels: -exp(value) stands for each value
 };
 
 }  // namespace mambablock

@@ -89,8 +89,8 @@ class Call {
               .state_step = a.conv_state.stride(1),
               .state_channel = a.conv_state.stride(2),
               .x = row_of(xz, 2 * channels),
-              .weight = parameter(p.parameters[0], a.conv_weight),
-              .bias = parameter(p.parameters[1], a.conv_bias),
+              .weight = {parameter(p.parameters[0], a.conv_weight)},
+              .bias = {parameter(p.parameters[1], a.conv_bias)},
               .y = {u, channels}};
     const auto group_of = [&](int64_t first) {
       const void* data = element(dt_B_C, first);
@@ -113,9 +113,9 @@ class Call {
               .z = row_of(element(xz, channels), 2 * channels),
               .B = group_of(dt_rank.value),
               .C = group_of(dt_rank.value + d_state.value),
-              .A = parameter(p.A_log, a.A_log, true),
-              .D = parameter(p.parameters[2], a.D),
-              .delta_bias = parameter(p.parameters[3], a.dt_proj_bias),
+              .A = {parameter(p.A_log, a.A_log, true)},
+              .D = {parameter(p.parameters[2], a.D)},
+              .delta_bias = {parameter(p.parameters[3], a.dt_proj_bias)},
               .y = {gated, channels}};
     p.norms = a.norm_eps.has_value();
     p.norm_eps = a.norm_eps.value_or(0);

@@ -14,7 +14,7 @@ struct Arguments : ArgumentReader {
   Tensor u = tensor(), delta = tensor(), A = tensor(), B = tensor(), C = tensor();
   OptionalTensor D = optional_tensor(), z = optional_tensor(), delta_bias = optional_tensor(),
                  initial_state = optional_tensor(), cu_seqlens = optional_tensor();
-  bool delta_softplus = boolean(), reverse = boolean();
+  bool delta_softplus = boolean(), reverse = boolean(), A_is_log = boolean();
 };
 
 struct ForwardArguments : Arguments {
@@ -57,9 +57,9 @@ struct Call : OpCall {
         .z = view(a.z),
         .B = grouped_view(a.B, reverse),
         .C = grouped_view(a.C, reverse),
-        .A = keep(a.A),
-        .D = keep(a.D),
-        .delta_bias = keep(a.delta_bias),
+        .A = keep_parameter(a.A, a.A_is_log),
+        .D = keep_parameter(a.D),
+        .delta_bias = keep_parameter(a.delta_bias),
         .initial_state = keep(a.initial_state),
     };
   }
@@ -141,7 +141,7 @@ std::array<Tensor, 9> selective_scan_backward(const BackwardArguments& a) {
   p.ddelta_bias_partial = ddelta_bias_partial.mutable_data_ptr();
   plan->backward(p);
 
-  std::vector<PartialSums> sums{{dA_partial, rows, f.A},
+  std::vector<PartialSums> sums{{dA_partial, rows, f.A, f.A_is_log ? in.A : ParameterView{}},
                                 {dB_partial, plan->group_partials, f.B},
                                 {dC_partial, plan->group_partials, f.C}};
   if (f.D) sums.push_back({dD_partial, rows, *f.D});

@@ -8,8 +8,8 @@
 
 namespace mambablock {
 
-// Shapes as in the operator's schema. Parameters and states are contiguous, of float, or double for
-// float64 activations; an absent argument is a null pointer.
+// Shapes as in the operator's schema. States are contiguous, of float, or double for float64
+// activations; an absent argument is a null pointer.
 struct SelectiveScanInputs {
   DType dtype;
   int64_t batch, length, channels, d_state;
@@ -19,9 +19,9 @@ struct SelectiveScanInputs {
 
   InputView u, delta, z;      // (B, L, D)
   GroupedView B, C;           // (B, L, G, N)
-  const void* A;              // (D, N)
-  const void* D;              // (D)
-  const void* delta_bias;     // (D)
+  ParameterView A;            // (D, N)
+  ParameterView D;            // (D)
+  ParameterView delta_bias;   // (D)
   const void* initial_state;  // (B|S, D, N)
 };
 

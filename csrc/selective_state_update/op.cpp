@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // selective_state_update: one decoding step of selective_scan.
+#include "common/host/parameters.h"
 #include "common/host/views.h"
 #include "selective_scan/checks.h"
 #include "selective_state_update/backend.h"
@@ -14,6 +15,7 @@ struct Arguments : ArgumentReader {
   OptionalTensor D = optional_tensor(), z = optional_tensor(), delta_bias = optional_tensor();
   bool delta_softplus = boolean();
   OptionalTensor state_indices = optional_tensor();
+  bool A_is_log = boolean();
 };
 
 std::array<Tensor, 1> selective_state_update(const Arguments& a) {
@@ -23,9 +25,9 @@ std::array<Tensor, 1> selective_state_update(const Arguments& a) {
   const DType state_dtype = checks.state("state", a.state, "(rows, d_inner, d_state)", channels,
                                          {"d_state", sizes.d_state}, a.state_indices);
   const Tensor y = torch::stable::new_empty(a.u, {checks.batch().value, channels.value});
-  const ScalarType type = checks.accumulator_type();
-  const OptionalTensor A = contiguous_as(a.A, type), D = contiguous_as(a.D, type),
-                       delta_bias = contiguous_as(a.delta_bias, type);
+  const KernelParameter A = kernel_parameter(checks, a.A, a.A_is_log),
+                        D = kernel_parameter(checks, a.D),
+                        delta_bias = kernel_parameter(checks, a.delta_bias);
   const SelectiveStateUpdateParams p{
       .dtype = checks.dtype(),
       .state_dtype = state_dtype,
@@ -44,9 +46,9 @@ std::array<Tensor, 1> selective_state_update(const Arguments& a) {
       .z = step_view(a.z),
       .B = grouped_step_view(a.B),
       .C = grouped_step_view(a.C),
-      .A = data_of(A),
-      .D = data_of(D),
-      .delta_bias = data_of(delta_bias),
+      .A = A.view,
+      .D = D.view,
+      .delta_bias = delta_bias.view,
       .y = {y.mutable_data_ptr(), channels.value},
   };
   run_update(checks, p, a.state_indices);

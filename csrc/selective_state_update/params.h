@@ -8,8 +8,7 @@
 
 namespace mambablock {
 
-// One time step of the selective scan, so the views' time strides are unused. Parameters are
-// contiguous, of float, or double for float64 activations; an absent one is a null pointer.
+// One time step of the selective scan, so the views' time strides are unused.
 struct SelectiveStateUpdateParams {
   DType dtype, state_dtype;
   int64_t batch, channels, d_state, groups;
@@ -19,12 +18,12 @@ struct SelectiveStateUpdateParams {
   void* state;  // (rows, D, N), strides in elements
   int64_t state_row, state_channel, state_stride;
 
-  InputView u, delta, z;   // (B, D)
-  GroupedView B, C;        // (B, G, N)
-  const void* A;           // (D, N)
-  const void* D;           // (D)
-  const void* delta_bias;  // (D)
-  OutputView y;            // (B, D)
+  InputView u, delta, z;     // (B, D)
+  GroupedView B, C;          // (B, G, N)
+  ParameterView A;           // (D, N)
+  ParameterView D;           // (D)
+  ParameterView delta_bias;  // (D)
+  OutputView y;              // (B, D)
 };
 
 }  // namespace mambablock

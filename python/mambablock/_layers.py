@@ -27,7 +27,7 @@ def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None
     """delta, and dt_proj's bias if the scan is still to add it."""
     if is_plain_linear(dt_proj) and (bias := dt_proj.bias) is not None:
         # The scan adds the bias in float32, where a bfloat16 sum would lose most of it.
-        return F.linear(dt, dt_proj.weight), in_scan_dtype(bias)
+        return F.linear(dt, dt_proj.weight), bias
     return dt_proj(dt), None
 
 

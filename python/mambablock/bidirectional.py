@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._block_checks import check_sequences
-from ._layers import in_scan_dtype
 from .block import MambaBlock
 from .causal_conv1d import causal_conv1d
 from .selective_scan import selective_scan
@@ -112,13 +111,14 @@ class BidirectionalMambaBlock(nn.Module):
         delta, delta_bias, B, C = fwd._selection(x)
         y, y_rev = (
             selective_scan(
-                *(x, delta, block._A(), B, C),
-                D=in_scan_dtype(fwd.D),
+                *(x, delta, block.A_log, B, C),
+                D=fwd.D,
                 z=z,
                 delta_bias=delta_bias,
                 delta_softplus=True,
                 cu_seqlens=cu_seqlens,
                 reverse=reverse,
+                A_is_log=True,
             )
             for block, reverse in ((fwd, False), (self.mamba_rev, True))
         )

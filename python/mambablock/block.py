@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._block_checks import check_sequences, check_step
-from ._layers import in_scan_dtype, project_delta, recomputed_but_scan
+from ._layers import project_delta, recomputed_but_scan
 from ._library import accumulator_dtype
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
@@ -267,16 +267,17 @@ class MambaBlock(nn.Module):
         y, last_h = selective_scan(
             x,
             delta,
-            self._A(),
+            self.A_log,
             B,
             C,
-            D=in_scan_dtype(self.D),
+            D=self.D,
             z=z,
             delta_bias=delta_bias,
             delta_softplus=True,
             initial_state=ssm_state,
             cu_seqlens=cu_seqlens,
             reverse=reverse,
+            A_is_log=True,
             return_final_state=True,
         )
         return y, last_inputs, last_h
@@ -309,13 +310,14 @@ class MambaBlock(nn.Module):
             ssm_state,
             x,
             delta,
-            self._A(),
+            self.A_log,
             B,
             C,
-            D=in_scan_dtype(self.D),
+            D=self.D,
             z=z,
             delta_bias=delta_bias,
             delta_softplus=True,
+            A_is_log=True,
         )
         projected: Tensor = self.out_proj(y)
         return projected
@@ -380,9 +382,6 @@ class MambaBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.attributes.items())
-
-    def _A(self) -> Tensor:
-        return -torch.exp(in_scan_dtype(self.A_log))
 
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """The parameters that depend on the input (section 3.2): delta, its bias if it is still to

@@ -82,6 +82,7 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     delta_softplus: bool = False,
     reverse: bool = False,
+    A_is_log: bool = False,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective state space recurrence, from h_0 = initial_state (zeros without one):
@@ -93,11 +94,11 @@ def selective_scan(
     u, delta and z are (B, L, D), A (D, N), B and C (B, L, N) or (B, L, G, N) where channel d reads
     group d // (D / G), D and delta_bias (D), initial_state (B or S, D, N), cu_seqlens (S+1) with
     B = 1. Returns y (B, L, D), and the last h if return_final_state. With reverse, each sequence
-    is flipped in time before and after.
+    is flipped in time before and after. With A_is_log, -exp(A) stands for A.
     """
     output_dtype, dtype = u.dtype, _computation_dtype(u)
     u, dt = u.to(dtype), _time_step(delta.to(dtype), delta_bias, delta_softplus)
-    A, B, C = A.to(dtype), B.to(dtype), C.to(dtype)
+    A, B, C = _represented(A.to(dtype), A_is_log), B.to(dtype), C.to(dtype)
     state = _first_state(u, initial_state, cu_seqlens, A.shape)
 
     def scan(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,12 +161,13 @@ def selective_state_update(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     state_indices: Tensor | None = None,
+    A_is_log: bool = False,
 ) -> Tensor:
     """One time step of selective_scan, for inference: u, delta, z and y are (B, D), B and C (B, N)
     or (B, G, N).
 
     state (B, D, N), of any floating type, becomes the next h in place; y is computed before that
-    is rounded. state_indices as in causal_conv1d_update.
+    is rounded. state_indices as in causal_conv1d_update, A_is_log as in selective_scan.
     """
     if state_indices is not None:
         used = state_indices >= 0
@@ -183,12 +185,14 @@ def selective_state_update(
             z=None if z is None else z[used],
             delta_bias=delta_bias,
             delta_softplus=delta_softplus,
+            A_is_log=A_is_log,
         )
         state[rows] = picked
         return y
     output_dtype, dtype = u.dtype, _computation_dtype(u)
     u, dt = u.to(dtype), _time_step(delta.to(dtype), delta_bias, delta_softplus)
-    h, y = _recur(state.to(dtype), u, dt, A.to(dtype), B.to(dtype), C.to(dtype))
+    A = _represented(A.to(dtype), A_is_log)
+    h, y = _recur(state.to(dtype), u, dt, A, B.to(dtype), C.to(dtype))
     state.copy_(h)
     return _skip_and_gate(y, u, D, z).to(output_dtype)
 
@@ -242,7 +246,7 @@ def mamba_step(
         ssm_state,
         u,
         project(dt, dt_proj_weight),
-        -A_log.to(dtype).exp(),
+        A_log,
         B,
         C,
         D=D,
@@ -250,6 +254,7 @@ def mamba_step(
         delta_bias=dt_proj_bias,
         delta_softplus=True,
         state_indices=state_indices,
+        A_is_log=True,
     )
     y = project(y, out_proj_weight, out_proj_bias).to(output_dtype)
     return y if state_indices is None else y.masked_fill((state_indices < 0)[:, None], 0)
@@ -290,6 +295,10 @@ def _each_sequence(
         y, final_state = op(state, *(t.flip(1) for t in timed))
         return y.flip(1), final_state
     return op(state, *timed)
+
+
+def _represented(A: Tensor, A_is_log: bool) -> Tensor:
+    return -A.exp() if A_is_log else A
 
 
 def _time_step(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:

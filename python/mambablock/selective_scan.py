@@ -77,6 +77,7 @@ class _Options(TypedDict, total=False):
     cu_seqlens: Tensor | None
     delta_softplus: bool
     reverse: bool
+    A_is_log: bool
 
 
 @overload
@@ -119,6 +120,7 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     delta_softplus: bool = False,
     reverse: bool = False,
+    A_is_log: bool = False,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective state space recurrence (Gu & Dao 2023, arXiv:2312.00752, algorithm 2).
@@ -145,6 +147,8 @@ def selective_scan(
             sequences into one row; batch must be 1.
         delta_softplus: apply softplus to delta + delta_bias.
         reverse: run backward in time: flip, scan and flip, within each sequence.
+        A_is_log: A is a block's A_log, for which -exp(A) stands, taken in float32 (float64 for
+            float64 u).
         return_final_state: also return h after the last step, as initial_state holds it.
 
     Returns:
@@ -155,6 +159,7 @@ def selective_scan(
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
     y, final_state, _ = _call(
-        *(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
+        *(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens),
+        *(delta_softplus, reverse, A_is_log),
     )
     return (y, final_state) if return_final_state else y

@@ -35,6 +35,7 @@ def selective_state_update(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     state_indices: Tensor | None = None,
+    A_is_log: bool = False,
 ) -> Tensor:
     """One step of :func:`selective_scan`, advancing the state in place; not differentiable.
 
@@ -49,6 +50,7 @@ def selective_state_update(
         delta_softplus: apply softplus to delta + delta_bias.
         state_indices: (batch), int32 or int64: each row's row of state, all distinct; a negative
             one is padding, whose y is 0. Absent, state has one row per row of u.
+        A_is_log: A is a block's A_log, for which -exp(A) stands.
 
     Returns:
         y of u's shape and type.
@@ -57,6 +59,8 @@ def selective_state_update(
         TypeError: an argument that is no Tensor; the text names it.
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    arguments = _prepare(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices)
+    arguments = _prepare(
+        *(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, state_indices, A_is_log)
+    )
     y: Tensor = torch.ops.mambablock.selective_state_update(*arguments)
     return y

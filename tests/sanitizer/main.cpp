@@ -38,8 +38,8 @@ void run_causal_conv1d(Draw& draw, DType dtype) {
   in.sequences = arguments.sequences;
   in.silu = draw.coin();
   in.x = arguments.activation(batch, length, channels);
-  in.weight = arguments.template input<A>(width * channels);
-  in.bias = arguments.optional_input(channels);
+  in.weight = {arguments.template input<A>(width * channels)};
+  in.bias = {arguments.optional_input(channels)};
   in.initial_state = arguments.optional_input(states);
   const RowSegments segments = arguments.row_segments();
   const int64_t items = conv_work_items(in, segments);
@@ -90,9 +90,9 @@ void run_selective_scan(Draw& draw, DType dtype) {
   in.z = arguments.optional_activation(batch, length, channels);
   in.B = arguments.group_activation(batch, length, groups, d_state);
   in.C = arguments.group_activation(batch, length, groups, d_state);
-  in.A = arguments.template input<A>(channels * d_state, -2, 0);
-  in.D = arguments.optional_input(channels);
-  in.delta_bias = draw.coin() ? arguments.template input<A>(channels, 0, 1) : nullptr;
+  in.A = {arguments.template input<A>(channels * d_state, -2, 0)};
+  in.D = {arguments.optional_input(channels)};
+  in.delta_bias = {draw.coin() ? arguments.template input<A>(channels, 0, 1) : nullptr};
   in.initial_state = arguments.optional_input(states);
   const RowSegments segments = arguments.row_segments();
   const int64_t items = scan_work_items(in);
@@ -161,8 +161,8 @@ void run_updates(Draw& draw, DType dtype, DType state_dtype) {
   conv.state_step = channels;
   conv.state_channel = 1;
   conv.x = arguments.activation(batch, 1, channels);
-  conv.weight = arguments.template input<A>(width * channels);
-  conv.bias = arguments.optional_input(channels);
+  conv.weight = {arguments.template input<A>(width * channels)};
+  conv.bias = {arguments.optional_input(channels)};
   conv.y = arguments.template rows_output<T>("y", batch, 1, channels);
   arguments.run(&kernels::causal_conv1d_update, conv, chosen.data(), batch * channels);
 
@@ -183,9 +183,9 @@ void run_updates(Draw& draw, DType dtype, DType state_dtype) {
   scan.z = arguments.optional_activation(batch, 1, channels);
   scan.B = arguments.group_activation(batch, 1, groups, d_state);
   scan.C = arguments.group_activation(batch, 1, groups, d_state);
-  scan.A = arguments.template input<A>(channels * d_state, -2, 0);
-  scan.D = arguments.optional_input(channels);
-  scan.delta_bias = arguments.optional_input(channels);
+  scan.A = {arguments.template input<A>(channels * d_state, -2, 0)};
+  scan.D = {arguments.optional_input(channels)};
+  scan.delta_bias = {arguments.optional_input(channels)};
   scan.y = arguments.template rows_output<T>("y", batch, 1, channels);
   arguments.run(&kernels::selective_state_update, scan, chosen.data(), batch * channels);
 }
@@ -265,8 +265,8 @@ void run_mamba_step(Draw& draw, DType dtype, DType state_dtype) {
             .state_step = d_inner,
             .state_channel = 1,
             .x = view(xz, 2 * d_inner),
-            .weight = parameter(p.parameters[0], width),
-            .bias = parameter(p.parameters[1], 1),
+            .weight = {parameter(p.parameters[0], width)},
+            .bias = {parameter(p.parameters[1], 1)},
             .y = {u, d_inner}};
   p.scan = {.dtype = wide,
             .state_dtype = state_dtype,
@@ -285,9 +285,9 @@ void run_mamba_step(Draw& draw, DType dtype, DType state_dtype) {
             .z = view(xz + d_inner, 2 * d_inner),
             .B = group(dt_rank),
             .C = group(dt_rank + d_state),
-            .A = parameter(p.A_log, d_state),
-            .D = parameter(p.parameters[2], 1),
-            .delta_bias = parameter(p.parameters[3], 1),
+            .A = {parameter(p.A_log, d_state)},
+            .D = {parameter(p.parameters[2], 1)},
+            .delta_bias = {parameter(p.parameters[3], 1)},
             .y = {gated, d_inner}};
   p.norms = draw.coin();
   p.norm_eps = 1e-5;

@@ -46,10 +46,10 @@ def launch_all(batch, length, channels, states):
         rows = [memory(u), memory(delta), A, memory(B), memory(C)]
         arguments = (*rows, D, memory(z) if gated else None, bias, None, None)
         mark("forward" + suffix)
-        y, state, saved = ops.selective_scan(*arguments, gated, False, True)
+        y, state, saved = ops.selective_scan(*arguments, gated, False, False, True)
         mark("backward" + suffix)
         ops.selective_scan_backward(
-            memory(dy), torch.empty_like(state), saved, *arguments, gated, False
+            memory(dy), torch.empty_like(state), saved, *arguments, gated, False, False
         )
     weight = torch.empty(channels, 4)
     for suffix, memory in (("", torch.Tensor.contiguous), (" of (B, D, L) memory", time_last)):

@@ -87,11 +87,11 @@ class ConvItem {
     A* taps = scratch.take(p.width * stride);
     bias = scratch.take(stride);
     for (int64_t tap = 0; tap < p.width; ++tap) {
-      load_row(static_cast<const A*>(p.weight) + channel * p.width + tap, p.width, channels,
+      load_row(static_cast<const A*>(p.weight.data) + channel * p.width + tap, p.width, channels,
                taps + tap * stride, lanes);
     }
     weight = {taps, stride};
-    load_state(p.bias, channel, bias);
+    load_state(p.bias.data, channel, bias);
   }
 
   // Goes to the chunk's segment `index`; false where there is none.

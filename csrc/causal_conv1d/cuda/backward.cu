@@ -21,7 +21,7 @@ class Backward {
         x(p.x, channels.batch, channels.channel, channels.count),
         dy(p.dy, channels.batch, channels.channel, channels.count),
         dx(p.dx, channels.batch, channels.channel, channels.count),
-        bias(channels.load_row(p.bias, 0)) {
+        bias(channels.load_bias()) {
     channels.load_taps(weight);
   }
 
@@ -177,8 +177,7 @@ class Backward {
     for (int64_t time = first; time < after; ++time) {
       Values<T> sum = bias;
       for (int64_t tap = 0; tap < width; ++tap) {
-        add_product(sum, channels.load_tap(p.weight, 0, tap),
-                    channels.input_at(x, s, time - (width - 1) + tap));
+        add_product(sum, channels.load_tap(tap), channels.input_at(x, s, time - (width - 1) + tap));
       }
       channels.store_row(memory, own_row + time, before_silu(dy.load(time), sum));
     }
@@ -188,8 +187,7 @@ class Backward {
       for (int64_t tap = 0; tap < width; ++tap) {
         const int64_t time = target + width - 1 - tap;
         if (time >= first && time < after) {
-          add_product(sum, channels.load_tap(p.weight, 0, tap),
-                      channels.load_row(memory, own_row + time));
+          add_product(sum, channels.load_tap(tap), channels.load_row(memory, own_row + time));
         }
       }
       store(target, sum);

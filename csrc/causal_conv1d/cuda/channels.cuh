@@ -153,7 +153,7 @@ struct Channels {
     store(data, row * p.channels, 1, values);
   }
 
-  // Column `tap` of one (D, W) matrix of a contiguous (matrices, D, W) tensor; 0 where it is null.
+  // Column `tap` of one (D, W) matrix of a contiguous (matrices, D, W) tensor.
   __device__ Values<T> load_tap(const void* data, int64_t matrix, int64_t tap) const {
     return load(data, matrix * p.channels * width() + tap, width());
   }
@@ -162,12 +162,17 @@ struct Channels {
     store(data, matrix * p.channels * width() + tap, width(), values);
   }
 
+  __device__ Values<T> load_bias() const { return load_parameter(p.bias, 0, 1); }
+  __device__ Values<T> load_tap(int64_t tap) const {
+    return load_parameter(p.weight, tap, width());
+  }
+
   // The weight's taps.
   __device__ void load_taps(Values<T> (&weight)[kTaps > 0 ? kTaps : 1]) const {
 #pragma unroll
     for (int tap = 0; tap < kTaps; ++tap) {
       const int unused = unused_taps();
-      weight[tap] = tap < unused ? Values<T>{} : load_tap(p.weight, 0, tap - unused);
+      weight[tap] = tap < unused ? Values<T>{} : load_tap(tap - unused);
     }
   }
 
@@ -207,6 +212,17 @@ struct Channels {
 #pragma unroll
     for (int j = 0; j < pack; ++j) {
       if (j < count) values.at[j] = source[j * stride];
+    }
+    return values;
+  }
+
+  __device__ Values<T> load_parameter(const ParameterView& parameter, int64_t first,
+                                      int64_t stride) const {
+    Values<T> values{};
+    if (parameter.data == nullptr) return values;
+#pragma unroll
+    for (int j = 0; j < pack; ++j) {
+      if (j < count) values.at[j] = parameter_at<T>(parameter, first + (channel + j) * stride);
     }
     return values;
   }

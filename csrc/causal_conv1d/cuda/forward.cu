@@ -15,7 +15,7 @@ class Forward {
         channels(channels),
         x(p.x, channels.batch, channels.channel, channels.count),
         y(p.y, channels.batch, channels.channel, channels.count),
-        bias(channels.load_row(p.bias, 0)) {
+        bias(channels.load_bias()) {
     channels.load_taps(weight);
   }
 
@@ -110,7 +110,7 @@ class Forward {
     } else {
       Values<T> sum = bias;
       for (int64_t tap = 0; tap < channels.width(); ++tap) {
-        add_product(sum, channels.load_tap(p.weight, 0, tap),
+        add_product(sum, channels.load_tap(tap),
                     channels.input_at(x, cursor.sequence, time - (channels.width() - 1) + tap));
       }
       y.store(time, activated(sum));

@@ -20,11 +20,12 @@ void update_channels(const CausalConv1dUpdateParams& p, int64_t state_row, int64
     return;
   }
   S* state = static_cast<S*>(p.state) + state_row * p.state_row + c * p.state_channel;
-  const A* weight = static_cast<const A*>(p.weight) + c * p.width;
+  const A* weight = static_cast<const A*>(p.weight.data) + c * p.width;
   const V x = load_converted<A>(static_cast<const T*>(p.x.data) + b * p.x.batch + c * p.x.channel,
                                 p.x.channel, count);
   V sum{};
-  if (p.bias != nullptr) sum = load_converted<A>(static_cast<const A*>(p.bias) + c, 1, count);
+  if (p.bias.data != nullptr)
+    sum = load_converted<A>(static_cast<const A*>(p.bias.data) + c, 1, count);
   for (int64_t tap = 0; tap + 1 < p.width; ++tap, state += p.state_step) {
     const V input = load_converted<A>(state, p.state_channel, count);
     sum += load_converted<A>(weight + tap, p.width, count) * input;

@@ -21,17 +21,17 @@ __global__ void __launch_bounds__(kThreads)
     y = from_accumulator<T>(A(0));
     return;
   }
-  const A *weight = static_cast<const A*>(p.weight) + c * p.width,
-          *bias = static_cast<const A*>(p.bias);
+  const int64_t taps = c * p.width;
+  const auto weight = [&](int64_t tap) { return parameter_at<T>(p.weight, taps + tap); };
   const A x = to_accumulator(static_cast<const T*>(p.x.data)[b * p.x.batch + c * p.x.channel]);
   int64_t at = row * p.state_row + c * p.state_channel;
-  A sum = bias == nullptr ? A(0) : bias[c];
+  A sum = p.bias.data == nullptr ? A(0) : parameter_at<T>(p.bias, c);
   for (int64_t tap = 0; tap + 1 < p.width; ++tap, at += p.state_step) {
-    sum += weight[tap] * load_state<A>(p.state_dtype, p.state, at);
+    sum += weight(tap) * load_state<A>(p.state_dtype, p.state, at);
     const A next = tap + 2 < p.width ? load_state<A>(p.state_dtype, p.state, at + p.state_step) : x;
     store_state(p.state_dtype, p.state, at, next);
   }
-  sum += weight[p.width - 1] * x;
+  sum += weight(p.width - 1) * x;
   y = from_accumulator<T>(p.silu ? silu(sum) : sum);
 }
 

@@ -35,6 +35,9 @@ __global__ void __launch_bounds__(kColumns* kRowsAtOnce) sum_rows_kernel(const J
   if (first != 0 || i >= sums.size) return;
 #pragma unroll
   for (int row = 1; row < kRowsAtOnce; ++row) sum += sums_of_rows[row][column];
+  if (sums.factor.data != nullptr) {
+    sum *= represented(sums.factor, load_state<A>(sums.factor.dtype, sums.factor.data, i));
+  }
   store_state<A>(sums.total_dtype, sums.total, i, sum);
 }
 

@@ -4,16 +4,17 @@
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
-#include "common/dtype.h"
+#include "common/views.h"
 
 namespace mambablock {
 
-// total[i] = the sum over `count` rows of partials[row * size + i].
+// total[i] = the sum over `count` rows of partials[row * size + i], by factor[i] if there is one.
 struct RowSums {
   const void* partials;
   int64_t count, size;
   void* total;
   DType total_dtype;
+  ParameterView factor;
 };
 
 // The most sums that one launch computes: those of all of an operator's gradients.

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Vectorised access, and helps for the compiler.
+// Access to memory, vectorised and of parameters, and helps for the compiler.
 #pragma once
 
 #include "common/convert.h"
 #include "common/cuda/launch.cuh"
+#include "common/views.h"
 
 namespace mambablock {
 
@@ -52,6 +53,21 @@ __device__ __forceinline__ void add_vectors(const A* source, A (&values)[Count])
   load_vectors(source, others);
 #pragma unroll
   for (int i = 0; i < Count; ++i) values[i] += others[i];
+}
+
+// A value of a parameter that is float32 or T, and is there.
+template <class T>
+__device__ __forceinline__ Accumulator<T> parameter_at(const ParameterView& parameter, int64_t at) {
+  if (std::is_same_v<T, float> || parameter.dtype == DType::float32) {
+    return static_cast<const float*>(parameter.data)[at];
+  }
+  return to_accumulator(static_cast<const T*>(parameter.data)[at]);
+}
+
+// What stands for a parameter's value.
+template <class A>
+__device__ __forceinline__ A represented(const ParameterView& parameter, A value) {
+  return parameter.is_log ? negative_exp(value) : value;
 }
 
 // The same value, from which the compiler computes nothing ahead of its use: hoisting common

@@ -81,6 +81,7 @@ class [[gnu::visibility("hidden")]] Checks {
 
   DType dtype() const { return dtype_; }
   ScalarType accumulator_type() const { return accumulator_type_; }
+  DType accumulator() const { return dtype_ == DType::float64 ? DType::float64 : DType::float32; }
   const char* op() const { return op_; }
   const Tensor& input() const { return input_; }
   Size batch() const { return {"batch", input_.size(0)}; }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "common/host/parameters.h"
 #include "common/host/partial_sums.h"
 
 namespace mambablock {
@@ -65,13 +66,33 @@ std::vector<Segment> row_segments(const OpCall& call, int64_t length, int64_t ti
 
 namespace {
 
+Tensor call_aten(const char* name, const Tensor& tensor) {
+  StableIValue stack[]{torch::stable::detail::from(tensor)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace
+
+KernelParameter kernel_parameter(const Checks& checks, const OptionalTensor& parameter,
+                                 bool is_log) {
+  OptionalTensor values = contiguous_as(parameter, checks.accumulator_type());
+  if (values && is_log) values = call_aten("aten::neg", call_aten("aten::exp", *values));
+  return {values, {data_of(values), checks.accumulator()}};
+}
+
+namespace {
+
+// total *= factor, where that is not null.
 template <class A>
-void sum_rows(const A* partials, int64_t count, int64_t size, A* total) {
+void sum_rows(const A* partials, int64_t count, int64_t size, const A* factor, A* total) {
   torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) total[i] = 0;
     for (int64_t row = 0; row < count; ++row) {
       for (int64_t i = begin; i < end; ++i) total[i] += partials[row * size + i];
     }
+    if (factor == nullptr) return;
+    for (int64_t i = begin; i < end; ++i) total[i] *= factor[i];
   });
 }
 
@@ -85,7 +106,7 @@ std::vector<Tensor> sum_partials(const std::vector<PartialSums>& sums) {
     const auto sum = [&](auto zero) {
       using A = decltype(zero);
       sum_rows(static_cast<const A*>(of.partials.const_data_ptr()), of.count, of.like.numel(),
-               static_cast<A*>(total.mutable_data_ptr()));
+               static_cast<const A*>(of.factor.data), static_cast<A*>(total.mutable_data_ptr()));
     };
     type == ScalarType::Double ? sum(double{}) : sum(float{});
     totals.push_back(*contiguous_as(total, of.like.scalar_type()));

@@ -5,6 +5,7 @@
 
 #include "common/cuda/boundaries.h"
 #include "common/cuda/sums.h"
+#include "common/host/parameters.h"
 #include "common/host/partial_sums.h"
 
 namespace mambablock {
@@ -28,6 +29,14 @@ OptionalTensor device_boundaries(const OpCall& call, int64_t length) {
   return boundaries;
 }
 
+KernelParameter kernel_parameter(const Checks& checks, const OptionalTensor& parameter,
+                                 bool is_log) {
+  if (!parameter) return {};
+  const ScalarType type = parameter->scalar_type();
+  const OptionalTensor values = contiguous_as(parameter, type);
+  return {values, {data_of(values), dtype_of(checks.op(), "parameter", type), is_log}};
+}
+
 std::vector<Tensor> sum_partials(const std::vector<PartialSums>& sums) {
   const char* const op = "sum_partials";
   const CudaContext context(sums.front().partials);
@@ -36,7 +45,8 @@ std::vector<Tensor> sum_partials(const std::vector<PartialSums>& sums) {
   for (const PartialSums& of : sums) {
     totals.push_back(torch::stable::new_empty(of.like, of.like.sizes()));
     rows.push_back({of.partials.const_data_ptr(), of.count, of.like.numel(),
-                    totals.back().mutable_data_ptr(), dtype_of(op, "like", of.like.scalar_type())});
+                    totals.back().mutable_data_ptr(), dtype_of(op, "like", of.like.scalar_type()),
+                    of.factor});
   }
   const DType dtype = dtype_of(op, "partials", sums.front().partials.scalar_type());
   for (size_t i = 0; i < rows.size(); i += kMostRowSums) {

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "common/host/checks.h"
+#include "common/host/parameters.h"
 
 namespace mambablock {
 
@@ -25,6 +25,11 @@ class [[gnu::visibility("hidden")]] OpCall {
   const void* keep(const OptionalTensor& tensor, ScalarType type) {
     kept_.push_back(contiguous_as(tensor, type));
     return data_of(kept_.back());
+  }
+  ParameterView keep_parameter(const OptionalTensor& tensor, bool is_log = false) {
+    const KernelParameter parameter = kernel_parameter(checks, tensor, is_log);
+    kept_.push_back(parameter.tensor);
+    return parameter.view;
   }
 
   Tensor new_accumulators(std::vector<int64_t> shape) const {

@@ -12,7 +12,7 @@ namespace {
 #define SELECTIVE_SCAN_ARGUMENTS                                                         \
   "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "         \
   "Tensor? delta_bias, Tensor? initial_state, Tensor? cu_seqlens, bool delta_softplus, " \
-  "bool reverse"
+  "bool reverse, bool A_is_log"
 
 STABLE_TORCH_LIBRARY(mambablock, library) {
   library.def("causal_conv1d(" CAUSAL_CONV1D_ARGUMENTS ") -> (Tensor, Tensor)");
@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(mambablock, library) {
   library.def(
       "selective_state_update(Tensor(a!) state, Tensor u, Tensor delta, Tensor A, Tensor B, "
       "Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, "
-      "Tensor? state_indices) -> Tensor");
+      "Tensor? state_indices, bool A_is_log) -> Tensor");
 }
 
 }  // namespace

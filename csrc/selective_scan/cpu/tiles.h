@@ -103,10 +103,10 @@ struct Tiles {
     largest_exponent = scratch.take(channels);
     B = scratch.take(p.d_state * kScanTimeTile);
     C = scratch.take(p.d_state * kScanTimeTile);
-    load_channel_parameter(p.D, D);
-    load_channel_parameter(p.delta_bias, delta_bias);
+    load_channel_parameter(p.D.data, D);
+    load_channel_parameter(p.delta_bias.data, delta_bias);
     // A carries log2(e), so that the decay is one exp2.
-    load_by_state(p.A, range.channel, A_log2e);
+    load_by_state(p.A.data, range.channel, A_log2e);
     for (int64_t c = 0; c < channels; ++c) steepest[c] = 0;
     for (int64_t n = 0; n < p.d_state; ++n) {
       for (int64_t c = 0; c < channels; ++c) {

@@ -8,6 +8,7 @@
 // likewise.
 #include <cub/block/block_scan.cuh>
 
+#include "common/cuda/state.cuh"
 #include "selective_scan/cuda/states.cuh"
 
 namespace mambablock {
@@ -267,7 +268,8 @@ __global__ void __launch_bounds__(kChunksAtOnce)
   const int64_t batch = blockIdx.x / p.channels, channel = blockIdx.x % p.channels;
   const Sequences sequences{plan.boundaries, p.sequences, p.length, plan.reverse};
   for (int64_t n = 0; n < p.d_state; ++n) {
-    const A A_log2e = static_cast<const A*>(p.A)[channel * p.d_state + n] * A(1.4426950408889634);
+    const A value = load_state<A>(p.A.dtype, p.A.data, channel * p.d_state + n);
+    const A A_log2e = represented(p.A, value) * A(1.4426950408889634);
     RunningMap<A> running{forget};
     for (int64_t base = 0; base < plan.chunks; base += kChunksAtOnce) {
       const int64_t index = base + threadIdx.x;

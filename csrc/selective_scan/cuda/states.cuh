@@ -233,11 +233,15 @@ __device__ __forceinline__ auto sequence_row(const Block& block, Pointer data, i
 template <class Block>
 __device__ __forceinline__ void load_A_log2e(const Block& block, int64_t first,
                                              States<typename Block::A>& A_log2e) {
-  A_log2e.load(block, block.channel_row(block.p.A, 0, block.p.d_state), first);
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    for (auto& value : A_log2e.values[k]) value *= typename Block::A(1.4426950408889634);
-  }
+  using A = typename Block::A;
+  const ParameterView& parameter = block.p.A;
+  const int64_t row = not_hoisted(block.channel) * block.p.d_state;
+  A_log2e.each(block, first, [&](A& value, int64_t at, bool exists) {
+    value = exists ? parameter_at<typename Block::Activation>(parameter, row + at) : A(0);
+  });
+  A_log2e.each(block, first, [&](A& value, int64_t, bool exists) {
+    if (exists) value = represented(parameter, value) * A(1.4426950408889634);
+  });
 }
 
 // Sums over the states of each part: [step][channel]. Parts are a quarter of the banks apart, so

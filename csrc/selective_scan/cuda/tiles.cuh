@@ -29,6 +29,7 @@ inline constexpr int kStatesAtOnce = kParts * kStatesHeld<A>;
 // on.
 template <class T, int Channels, int Tile, int RowThreads = Channels * kParts / 2>
 struct Block {
+  using Activation = T;
   using A = Accumulator<T>;
   static constexpr int channels_at_once = Channels, tile = Tile;
   static constexpr int threads = Channels * kParts / 2, row_threads = RowThreads;
@@ -84,8 +85,9 @@ struct Block {
     return static_cast<const A*>(data) + channel_offset(row, size);
   }
 
-  __device__ A parameter(const void* data, int c) const {
-    return data != nullptr && c < channels ? static_cast<const A*>(data)[channel + c] : A(0);
+  __device__ A parameter(const ParameterView& parameter, int c) const {
+    return parameter.data != nullptr && c < channels ? parameter_at<T>(parameter, channel + c)
+                                                     : A(0);
   }
 
   const SelectiveScanInputs& p;

@@ -30,8 +30,8 @@ void update_channels(const SelectiveStateUpdateParams& p, int64_t state_row, int
     return;
   }
   S* state = static_cast<S*>(p.state) + state_row * p.state_row + c * p.state_channel;
-  const A* A_row = static_cast<const A*>(p.A) + c * p.d_state;
-  const V u = input(p.u), biased = input(p.delta) + parameter(p.delta_bias);
+  const A* A_row = static_cast<const A*>(p.A.data) + c * p.d_state;
+  const V u = input(p.u), biased = input(p.delta) + parameter(p.delta_bias.data);
   const V dt = p.delta_softplus ? softplus(biased) : biased;
   const V dt_log2e = dt * log2e, dt_u = dt * u;
   // Of their own, since a store to the state might else change them.
@@ -56,7 +56,7 @@ void update_channels(const SelectiveStateUpdateParams& p, int64_t state_row, int
     }
     store_vector(sums + lane * lanes, sum);
   }
-  V out = sums_of_vectors<V>(sums, lanes) + parameter(p.D) * u;
+  V out = sums_of_vectors<V>(sums, lanes) + parameter(p.D.data) * u;
   if (p.z.data != nullptr) out *= silu(input(p.z));
   store_converted(y, 1, out, count);
 }

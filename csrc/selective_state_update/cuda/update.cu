@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kThreads)
     return A(
         to_accumulator(static_cast<const T*>(tensor.data)[b * tensor.batch + c * tensor.channel]));
   };
-  const auto parameter = [&](const void* data) {
-    return data == nullptr ? A(0) : static_cast<const A*>(data)[c];
+  const auto parameter = [&](const ParameterView& view) {
+    return view.data == nullptr ? A(0) : parameter_at<T>(view, c);
   };
   A u = 0, sum = 0;
   if (row >= 0) {
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads)
     const T* C = static_cast<const T*>(p.C.data) + b * p.C.batch + group * p.C.group;
     const int64_t state = row * p.state_row + c * p.state_channel;
     for (int64_t n = threadIdx.x % kThreadsPerChannel; n < p.d_state; n += kThreadsPerChannel) {
-      const A decay =
-          exp2(static_cast<const A*>(p.A)[c * p.d_state + n] * (dt * A(1.4426950408889634)));
+      const A value = represented(p.A, parameter_at<T>(p.A, c * p.d_state + n));
+      const A decay = exp2(value * (dt * A(1.4426950408889634)));
       const int64_t at = state + n * p.state_stride;
       const A h = decay * load_state<A>(p.state_dtype, p.state, at) +
                   to_accumulator(B[n * p.B.state]) * (dt * u);

@@ -78,7 +78,7 @@ def backward(
         saved = _operator(arguments, delta_softplus)[2]
     dy = dout.transpose(1, 2).to(arguments[0].dtype)
     du, ddelta, dA, dB, dC, dD, dz, dbias, _ = torch.ops.mambablock.selective_scan_backward(
-        dy, None, saved, *arguments, None, None, delta_softplus, False
+        dy, None, saved, *arguments, None, None, delta_softplus, False, False
     )
     return [
         du.transpose(1, 2).to(u.dtype),
@@ -94,7 +94,7 @@ def backward(
 
 def _operator(arguments: tuple[Any, ...], delta_softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
     results: tuple[Tensor, Tensor, Tensor] = torch.ops.mambablock.selective_scan(
-        *arguments, None, None, delta_softplus, False, True
+        *arguments, None, None, delta_softplus, False, False, True
     )
     return results
 

@@ -110,6 +110,7 @@ def _selective_scan(
     cu_seqlens: Any = None,
     delta_softplus: bool = False,
     reverse: bool = False,
+    A_is_log: bool = False,
     save_states: bool = False,
 ) -> Any:
     _forbid_sequences("selective_scan", cu_seqlens)
@@ -122,7 +123,8 @@ def _selective_scan(
     per_step = [_of_channels(t, channels) for t in (B, C)]
     ordered = [_reversed(t, reverse) for t in (inputs, dt, *per_step)]
     h = _zeros(inputs, [channels, states]) if initial_state is None else initial_state
-    final_state, y = _scan(h, _float(A), *ordered)
+    A = op.Neg(op.Exp(_float(A))) if A_is_log else _float(A)
+    final_state, y = _scan(h, A, *ordered)
     y = _reversed(y, reverse)
     if D is not None:
         y = op.Add(y, op.Mul(_float(D), inputs))

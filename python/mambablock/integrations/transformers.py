@@ -15,7 +15,8 @@ import transformers
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .._layers import in_scan_dtype, is_plain, project_delta
+from .._layers import is_plain, project_delta
+from .._library import accumulator_dtype
 from ..causal_conv1d import causal_conv1d
 from ..linear import linear
 from ..mamba_step import can_step, step_mixer
@@ -74,7 +75,7 @@ class _OperatorForward:
             # The cache keeps one input more than the convolution needs.
             conv_state = conv_state[..., conv_state.shape[-1] - (width - 1) :].transpose(1, 2)
             # A copy, since the cache is overwritten below.
-            conv_state = conv_state.to(in_scan_dtype(inputs).dtype, copy=True)
+            conv_state = conv_state.to(accumulator_dtype(inputs.dtype), copy=True)
         x = causal_conv1d(
             inputs,
             self.conv1d.weight.squeeze(1),
@@ -97,9 +98,10 @@ class _OperatorForward:
         if hasattr(self, "dt_layernorm"):
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         delta, delta_bias = project_delta(self.dt_proj, dt)
-        A = -torch.exp(in_scan_dtype(self.A_log))
+        A = self.A_log
         options: dict[str, Any] = {
-            "D": in_scan_dtype(self.D),
+            "A_is_log": True,
+            "D": self.D,
             "delta_bias": delta_bias,
             "delta_softplus": True,
         }
@@ -109,7 +111,7 @@ class _OperatorForward:
             y = selective_state_update(ssm_state, u, delta, A, B, C, z=z, **options)[:, None]
         else:
             if ssm_state is not None:
-                ssm_state = ssm_state.to(A.dtype, copy=True)
+                ssm_state = ssm_state.to(accumulator_dtype(x.dtype), copy=True)
             y, last_state = selective_scan(
                 x, delta, A, B, C, z=z, initial_state=ssm_state, return_final_state=True, **options
             )
@@ -159,7 +161,7 @@ class PatchedZambaMambaMixer(ZambaMambaMixer):
         inputs, z = projected.unflatten(-1, (-1, 2)).unbind(-1)
         if conv_state is not None:
             conv_state = conv_state[..., conv_state.shape[-1] - (width - 1) :].transpose(1, 2)
-            conv_state = conv_state.to(in_scan_dtype(inputs).dtype, copy=True)
+            conv_state = conv_state.to(accumulator_dtype(inputs.dtype), copy=True)
         x = causal_conv1d(
             inputs,
             self.conv1d.weight.squeeze(1),
@@ -178,10 +180,11 @@ class PatchedZambaMambaMixer(ZambaMambaMixer):
         sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
         dt, B, C = of_heads.split(sizes, dim=-1)
         delta = torch.einsum("blhr,hdr->blhd", dt, self.dt_proj_weight).flatten(2)
-        A = -torch.exp(in_scan_dtype(self.A_log)).flatten(0, 1)
+        A = self.A_log.flatten(0, 1)
         options: dict[str, Any] = {
-            "D": in_scan_dtype(self.D).flatten(),
-            "delta_bias": in_scan_dtype(self.dt_proj_bias).flatten(),
+            "A_is_log": True,
+            "D": self.D.flatten(),
+            "delta_bias": self.dt_proj_bias.flatten(),
             "delta_softplus": True,
         }
         if ssm_state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
@@ -190,7 +193,7 @@ class PatchedZambaMambaMixer(ZambaMambaMixer):
             y = selective_state_update(h, u, delta, A, B, C, z=z, **options)[:, None]
         else:
             if ssm_state is not None:
-                ssm_state = ssm_state.flatten(1, 2).to(A.dtype, copy=True)
+                ssm_state = ssm_state.flatten(1, 2).to(accumulator_dtype(x.dtype), copy=True)
             y, last_state = selective_scan(
                 x, delta, A, B, C, z=z, initial_state=ssm_state, return_final_state=True, **options
             )
