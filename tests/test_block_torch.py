@@ -78,6 +78,29 @@ def test_dt_proj_without_bias() -> None:
     assert_same(block(hidden), expected)
 
 
+@pytest.mark.parametrize("frozen", ["x_proj.weight", "all others", "nothing"])
+def test_frozen_layers_and_a_second_backward(frozen: str) -> None:
+    """x_proj adds its gradient to the scan's in place: nothing else may see that."""
+    block, hidden = make_block(), torch.randn(2, 7, 6, dtype=torch.float64)
+    named = dict(block.named_parameters())
+    hook = block.x_proj.register_forward_hook(lambda *_: None)  # so that it does not
+    expected = dict(zip(named, gradients([block(hidden)], [*named.values()]), strict=True))
+    hook.remove()
+    for name, parameter in named.items():
+        parameter.requires_grad_((name == "x_proj.weight") == (frozen == "all others"))
+        if frozen == "nothing":
+            parameter.requires_grad_()
+    leaves = {name: p for name, p in named.items() if p.requires_grad}
+    y = block(hidden)
+    weights = torch.randn_like(y)
+    first, second = (
+        torch.autograd.grad(y, [*leaves.values()], weights, retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+    got = gradients([y], [*leaves.values()])
+    assert_same(got, tuple(expected[name] for name in leaves))
+
+
 # PyTorch around the block
 
 

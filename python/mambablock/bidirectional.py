@@ -108,7 +108,7 @@ class BidirectionalMambaBlock(nn.Module):
         inputs, z = xz.chunk(2, dim=-1)
         weight, bias = fwd.conv1d.weight.squeeze(1), fwd.conv1d.bias
         x = causal_conv1d(inputs, weight, bias=bias, silu=True, cu_seqlens=cu_seqlens)
-        delta, delta_bias, B, C = fwd._selection(x)
+        x, delta, delta_bias, B, C = fwd._selection(x)
         y, y_rev = (
             selective_scan(
                 *(x, delta, block.A_log, B, C),

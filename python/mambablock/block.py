@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._block_checks import check_sequences, check_step
-from ._layers import project_delta, recomputed_but_scan
+from ._layers import project_delta, project_inputs, recomputed_but_scan
 from ._library import accumulator_dtype
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
@@ -260,7 +260,7 @@ class MambaBlock(nn.Module):
             reverse=reverse,
             return_final_state=True,
         )
-        delta, delta_bias, B, C = self._selection(x)
+        x, delta, delta_bias, B, C = self._selection(x)
         if padding is not None:
             # softplus(-inf) = 0: padding takes a step of no length, so the state passes unchanged.
             delta = delta.masked_fill(padding, -math.inf)
@@ -305,7 +305,7 @@ class MambaBlock(nn.Module):
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         conv = self.conv1d
         x = causal_conv1d_update(conv_state, x, conv.weight.squeeze(1), bias=conv.bias, silu=True)
-        delta, delta_bias, B, C = self._selection(x)
+        x, delta, delta_bias, B, C = self._selection(x)
         y = selective_state_update(
             ssm_state,
             x,
@@ -383,11 +383,12 @@ class MambaBlock(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.attributes.items())
 
-    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """The parameters that depend on the input (section 3.2): delta, its bias if it is still to
-        be added, B and C."""
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return *project_delta(self.dt_proj, dt), B, C
+    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        """x to scan, and the parameters that depend on it (section 3.2): delta, its bias if it is
+        still to be added, B and C."""
+        projected, x = project_inputs(self.x_proj, x)
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return x, *project_delta(self.dt_proj, dt), B, C
 
     def _last_real_inputs(
         self, conv_state: Tensor | None, inputs: Tensor, padding: Tensor, reverse: bool

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from .. import _checks as check
-from .._layers import is_plain, project_delta
+from .._layers import is_plain, project_delta, project_inputs
 from .._library import accumulator_dtype
 from ..causal_conv1d import causal_conv1d
 from ..linear import linear
@@ -94,7 +94,8 @@ class _OperatorForward:
             cache.update_conv_state(new_inputs, self.layer_idx)
 
         state_size = self.ssm_state_size
-        dt, B, C = self.x_proj(x).split([self.time_step_rank, state_size, state_size], dim=-1)
+        dt_B_C, x = project_inputs(self.x_proj, x)
+        dt, B, C = dt_B_C.split([self.time_step_rank, state_size, state_size], dim=-1)
         if hasattr(self, "dt_layernorm"):
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
         delta, delta_bias = project_delta(self.dt_proj, dt)

@@ -247,7 +247,7 @@ class Mamba(MambaBlock):
         x = causal_conv1d_update(
             x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu"
         )
-        delta, delta_bias, B, C = self._selection(x)
+        x, delta, delta_bias, B, C = self._selection(x)
         y = selective_state_update(
             ssm_state,
             x,
