@@ -30,6 +30,7 @@ def project_inputs(x_proj: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     if (
         is_plain_linear(x_proj)
         and x_proj.bias is None
+        and type(x) is Tensor  # and no subclass, such as a DTensor
         and (x.dtype == x_proj.weight.dtype or autocasts(x.device.type))
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()  # which sees to it itself
