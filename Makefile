@@ -25,7 +25,7 @@ help:
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda-check run the CUDA kernels on the CPU, and check their machine code'
-	@echo 'make sass      report what each CUDA kernel uses and issues; ARGS=...'
+	@echo 'make sass      report what each CUDA kernel uses, and simulate its schedule; ARGS=...'
 	@echo 'make gpu-check test and measure on a GPU, with what PYTHON has installed; needs no network'
 	@echo 'make wheel     build a wheel for every torch and Python into dist/; PLATFORM=aarch64'
 	@echo 'make wheel-check check it where nothing else is; wheel-check-all: on other systems too'

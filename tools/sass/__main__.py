@@ -13,8 +13,7 @@ from rich.table import Table
 from typer import Option
 
 from . import EMULATION, LIBRARY
-from .account import Account, accounts
-from .launches import Launch, Problem, record
+from .launches import Launch, record
 from .listing import Kernel, MissingToolError, read_kernels
 from .machine import CAPACITIES, DEVICES, LATENCIES, Device, blocks_per_multiprocessor
 from .simulated import CASES, WARPS, Simulated, simulate_operator
@@ -31,11 +30,6 @@ def main(
     latency: Annotated[
         list[str] | None, Option(help=f"NAME=CLOCKS of {', '.join(LATENCIES)}; repeatable.")
     ] = None,
-    count: Annotated[bool, Option(help="Count what the scan issues, too.")] = False,
-    opcodes: Annotated[int, Option(help="How many of the most issued opcodes to list.")] = 0,
-    listing: Annotated[
-        bool, Option(help="Print how often a thread issues each instruction.")
-    ] = False,
 ) -> None:
     """Report what each CUDA kernel uses, and simulate how long it takes."""
     console = Console(width=None if sys.stdout.isatty() else 170)
@@ -64,8 +58,6 @@ def main(
                         found = simulate_operator(built, of_problems, case, simulated_device)
                         add_simulated(table, case.name, name, found)
             console.print(table)
-        if count or opcodes or listing:
-            print_accounts(console, kernels, full, only, opcodes, listing)
     except (MissingToolError, UnknownBranchError) as error:
         print(f"mambablock: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
@@ -82,32 +74,6 @@ def chosen_device(name: str, latencies: list[str]) -> Device:
             raise typer.BadParameter(f"expected NAME=CLOCKS of {names}; got {setting}")
         device.latencies[key] = int(clocks)
     return device
-
-
-def print_accounts(
-    console: Console,
-    kernels: list[Kernel],
-    launches: dict[str, list[Launch]],
-    only: str,
-    opcodes: int,
-    listing: bool,
-) -> None:
-    problem, device = Problem(), Device()
-    table = account_table(problem, device)
-    for operator, launched in launches.items():
-        chosen = [launch for launch in launched if only in launch.kernel]
-        if "convolution" in operator or not chosen:
-            continue
-        for architecture in sorted({kernel.architecture for kernel in kernels}):
-            if architecture in PARAMETERS:
-                found = accounts(kernels, chosen, architecture, problem)
-                add_accounts(table, operator, found, problem, device)
-                for account in found:
-                    if opcodes:
-                        console.print(opcode_line(account, opcodes))
-                    if listing:
-                        print_listing(account, operator)
-    console.print(table)
 
 
 def occupancy_table(kernels: list[Kernel], launches: dict[str, list[Launch]]) -> Table:
@@ -177,51 +143,6 @@ def usage_table(kernels: list[Kernel]) -> Table:
         )
         table.add_row(kernel.template, *map(str, numbers))
     return table
-
-
-def account_table(problem: Problem, device: Device) -> Table:
-    table = Table(
-        title=f"What the scan issues at batch {problem.batch}, length {problem.length}, "
-        f"{problem.channels} channels, {problem.states} states in bfloat16",
-        caption=f"Per state-step. The least time is that of the issue slots or of the exp unit, "
-        f"whichever is longer, on {device.name}; latencies make it longer.",
-    )
-    for name in ("operator", "kernel"):
-        table.add_column(name)
-    for name in ("sm", "blocks", "threads", "shared", "issued", "MUFU", "least ms"):
-        table.add_column(name, justify="right")
-    return table
-
-
-def add_accounts(
-    table: Table, operator: str, found: list[Account], problem: Problem, device: Device
-) -> None:
-    for account in found:
-        launch, kernel = account.launch, account.kernel
-        table.add_row(
-            *(operator, kernel.template, str(kernel.architecture)),
-            *map(str, (launch.blocks, launch.threads, launch.dynamic_shared)),
-            *(f"{account.issued:.2f}", f"{account.exps:.2f}"),
-            f"{account.milliseconds(problem, device):.3f}",
-        )
-    total = [sum(numbers) for numbers in zip(*((a.issued, a.exps) for a in found), strict=True)]
-    least = sum(account.milliseconds(problem, device) for account in found)
-    table.add_row(operator, "all", "", "", "", "", *(f"{n:.2f}" for n in total), f"{least:.3f}")
-    table.add_section()
-
-
-def opcode_line(account: Account, count: int) -> str:
-    share = account.issued / account.opcodes.total()
-    names = (f"{name} {n * share:.2f}" for name, n in account.opcodes.most_common(count))
-    return f"{account.kernel.template}, sm_{account.kernel.architecture}: {', '.join(names)}"
-
-
-def print_listing(account: Account, operator: str) -> None:
-    print(f"{operator}: {account.kernel.template}, sm_{account.kernel.architecture}")
-    for instruction, visits in zip(account.kernel.code, account.visits, strict=True):
-        guard = "" if instruction.guard == "PT" else f"@{instruction.guard} "
-        text = f"{guard}{instruction.opcode} {', '.join(instruction.operands)}"
-        print(f"{visits:9} 0x{instruction.address:05x} {text}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ class Device:
     bandwidth: float = 4.8e12  # of the memory, in bytes per second
     attained: float = 0.9  # of the bandwidth, by a copy; an assumption too
     schedulers: int = 4  # in a multiprocessor, each issuing an instruction of a warp per clock
-    exp_lanes: int = 16  # of a multiprocessor, per clock
     latencies: dict[str, int] = field(default_factory=lambda: dict(LATENCIES))
 
     @property

@@ -56,17 +56,22 @@ class Simulated:
 
 
 def simulate_launch(
-    kernel: Kernel, launches: Sequence[Launch], case: Case, device: Device
+    kernel: Kernel,
+    launches: Sequence[Launch],
+    case: Case,
+    device: Device,
+    by_warps: Sequence[int] = WARPS,
 ) -> Simulated:
     """The launches are those of the case's problems."""
     short, longer, full = launches
     fit = blocks_per_multiprocessor(kernel, full.threads, full.dynamic_shared)
     resident = min(fit, -(-full.blocks // device.multiprocessors))
-    traces = [trace(kernel, short), trace(kernel, longer)]
     grows = short.blocks == longer.blocks
+    # Where longer problems have more blocks, these differ in nothing.
+    traces = [trace(kernel, launch) for launch in ((short, longer) if grows else (longer,))]
 
     def runs(blocks: int) -> list[Run]:
-        return [simulate(kernel, warps, blocks, device) for warps in traces[: 1 + grows]]
+        return [simulate(kernel, warps, blocks, device) for warps in traces]
 
     def per_unit(found: list[Run], blocks: int) -> float:
         if not grows:
@@ -74,10 +79,10 @@ def simulate_launch(
         steps = (case.longer.state_steps - case.short.state_steps) / full.blocks
         return (found[1].clocks - found[0].clocks) / (steps * blocks / UNIT / device.schedulers)
 
-    by_warps: list[float | None] = []
-    for warps in WARPS:
+    clocks_by_warps: list[float | None] = []
+    for warps in by_warps:
         blocks = max(1, warps * device.schedulers // len(traces[0]))
-        by_warps.append(per_unit(runs(blocks), blocks) if blocks <= fit else None)
+        clocks_by_warps.append(per_unit(runs(blocks), blocks) if blocks <= fit else None)
     found = runs(resident)
     clocks: float = found[0].clocks
     moved: float = found[0].bytes
@@ -91,7 +96,7 @@ def simulate_launch(
         full,
         fit,
         resident,
-        by_warps,
+        clocks_by_warps,
         per_unit(found, resident),
         1e3 * rounds * clocks / device.clock,
         moved * full.blocks / resident,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Executes one thread of a launch on a kernel's machine code and counts what it issues.
+"""Executes one thread of a launch on a kernel's machine code.
 
 Only integers and predicates are computed, from the launch's parameters: the control flow of these
 kernels depends on nothing else. Values from memory or floating point are unknown (None), and so is
@@ -59,26 +59,6 @@ class Thread:
         self.at = {instruction.address: i for i, instruction in enumerate(kernel.code)}
         self.code = kernel.code
         self.steps: list[Step | None] = [None] * len(kernel.code)
-
-    def run(self, limit: int = 50_000_000) -> list[int]:
-        """How often each instruction is issued until the thread returns."""
-        visits = [0] * len(self.code)
-        index = 0
-        for _ in range(limit):
-            visits[index] += 1
-            step = self.steps[index]
-            if step is None:
-                step = self.steps[index] = self.decode(self.code[index])
-            following = step()
-            if following is None:
-                index += 1
-            elif following < 0:
-                break
-            else:
-                index = following
-        else:
-            raise UnknownBranchError(f"no end after {limit} instructions")
-        return visits
 
     # Operands
 

@@ -15,7 +15,7 @@ class BackwardActivations {
   using A = Accumulator<T>;
   using Block = BackwardBlock<T>;
   using Memory = BackwardMemory<T>;
-  using Saved = SavedStates<T, Block>;
+  using Saved = SavedStates<T, Block, const void>;
   static constexpr int tile = kCudaSavedSteps;
   static_assert(Block::rows == 1);
 

@@ -240,9 +240,9 @@ struct Compose {
   template <class A>
   __device__ ChunkMap<A> operator()(const ChunkMap<A>& first, const ChunkMap<A>& second) const {
     const bool forgets = second.exponent == ChunkMap<A>::kForget;
-    const A exponent = first.exponent + second.exponent,
-            local = scaled(first.local, second.exponent) + second.local;
-    return {forgets ? second.exponent : exponent, forgets ? second.local : local};
+    const A before = forgets ? A(0) : scaled(first.local, second.exponent);
+    return {forgets ? ChunkMap<A>::kForget : first.exponent + second.exponent,
+            before + second.local};
   }
 };
 

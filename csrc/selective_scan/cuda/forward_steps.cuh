@@ -149,7 +149,7 @@ class ForwardStates {
   const Block& block;
   const int pair_place;
   const bool saves;
-  SavedStates<T, Block> saved;
+  SavedStates<T, Block, void> saved;
   States<A> h;
 };
 

@@ -99,19 +99,21 @@ template <class Saved>
 using SavedPair =
     std::conditional_t<sizeof(Saved) == 2, uint32_t, AlignedVector<Accumulator<Saved>, 2>>;
 
-// The states on entering steps that are kCudaSavedSteps apart, as (B, saved * N, D).
-template <class T, class Block>
+// The states on entering steps that are kCudaSavedSteps apart, as (B, saved * N, D). Void is const
+// where they are only read.
+template <class T, class Block, class Void>
 struct SavedStates {
   using A = Accumulator<T>;
   using Saved = SavedState<T>;
+  using Place = std::conditional_t<std::is_const_v<Void>, const Saved, Saved>*;
   using Pair = SavedPair<Saved>;
   static constexpr int count = kStatesHeld<A>;
 
   // From the time `begin` on.
-  __device__ SavedStates(const Block& block, const void* saved_states, int64_t begin)
+  __device__ SavedStates(const Block& block, Void* saved_states, int64_t begin)
       : block(block),
         between(not_hoisted(block.p.d_state * block.p.channels)),
-        place(static_cast<Saved*>(const_cast<void*>(saved_states))) {
+        place(static_cast<Place>(saved_states)) {
     const int64_t index = block.batch * block.plan.saved + begin / kCudaSavedSteps;
     left = int(block.plan.saved - begin / kCudaSavedSteps);
     const int64_t row = index * block.p.d_state + block.part * count;
@@ -128,7 +130,7 @@ struct SavedStates {
   __device__ __forceinline__ bool exists() const { return left > 0; }
 
   __device__ __forceinline__ void load(Pair (&loaded)[count]) const {
-    const Saved* at = place;
+    Place at = place;
 #pragma unroll
     for (int i = 0; i < count; ++i, at += block.p.channels) {
       loaded[i] = *reinterpret_cast<const Pair*>(at);
@@ -138,7 +140,7 @@ struct SavedStates {
   // As they are in memory, so that they take few registers while a load is in flight.
   __device__ __forceinline__ void load(int64_t first, Pair (&loaded)[count]) const {
     with_flag(block.even, [&](auto even) {
-      each(first, [&](int i, Saved* at, bool exists) {
+      each(first, [&](int i, Place at, bool exists) {
         if constexpr (even.value) {
           loaded[i] = exists ? *reinterpret_cast<const Pair*>(at) : Pair{};
         } else {
@@ -167,7 +169,7 @@ struct SavedStates {
 
   // All of them, where the block is full.
   __device__ __forceinline__ void store(const States<A>& states) const {
-    Saved* at = place;
+    Place at = place;
 #pragma unroll
     for (int i = 0; i < count; ++i, at += block.p.channels) {
       *reinterpret_cast<Pair*>(at) = narrowed(states, i);
@@ -176,7 +178,7 @@ struct SavedStates {
 
   __device__ __forceinline__ void store(int64_t first, const States<A>& states) const {
     with_flag(block.even, [&](auto even) {
-      each(first, [&](int i, Saved* at, bool exists) {
+      each(first, [&](int i, Place at, bool exists) {
         if (!exists) return;
         const Pair pair = narrowed(states, i);
         if constexpr (even.value) {
@@ -203,7 +205,7 @@ struct SavedStates {
   template <class F>
   __device__ __forceinline__ void each(int64_t first, F function) const {
     const SelectiveScanInputs& p = block.p;
-    Saved* at = place;
+    Place at = place;
     if (first > 0) at += first * p.channels;
     const bool has_channels = block.pair < block.channels;
     with_flag(first + kStatesAtOnce<A> <= p.d_state, [&](auto all) {
@@ -218,7 +220,7 @@ struct SavedStates {
   const Block& block;
   int64_t between;
   int left;  // of the row, from here on
-  Saved* place;
+  Place place;
 };
 
 // The row of a (B|S, D, N) state that belongs to sequence s; null stays null.
