@@ -176,10 +176,10 @@ def aarch64(suite: str, python: str, torch: str, folder: Path) -> Row:
     environment = {"PATH": "", "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
     found = smoke(folder, *python3, **environment)
     files = [folder / f"tests/test_{name}.py" for name in TESTS]
-    options = ("-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider")
-    tests = run(*python3, "-m", "pytest", *options, *files, **environment).splitlines()[-1]
-    (passed,) = re.findall(r"\d+ passed", tests)
-    return found | {"ran": f"{SMOKE}; the operators' tests: {passed}"}
+    options = ("-m", "not slow and not gpu", "-p", "no:cacheprovider")
+    tests = run(*python3, "-m", "pytest", *options, *files, **environment)
+    passed = re.findall(r"^.*\b(\d+ passed)\b", tests, re.MULTILINE)
+    return found | {"ran": f"{SMOKE}; the operators' tests: {passed[-1]}"}
 
 
 ENVIRONMENTS: dict[str, Callable[[Path], Row]] = {
