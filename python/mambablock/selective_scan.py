@@ -9,6 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import _library as library
+from . import _sharded_scan as sharded
+from ._context_parallel import ContextParallel
 
 
 def check_fake(op: str, a: Any, *dimensions: str) -> None:
@@ -77,6 +79,7 @@ class _Options(TypedDict, total=False):
     cu_seqlens: Tensor | None
     delta_softplus: bool
     reverse: bool
+    context_parallel: ContextParallel | None
 
 
 @overload
@@ -105,6 +108,19 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    return_final_state: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -120,6 +136,7 @@ def selective_scan(
     delta_softplus: bool = False,
     reverse: bool = False,
     return_final_state: bool = False,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective state space recurrence (Gu & Dao 2023, arXiv:2312.00752, algorithm 2).
 
@@ -146,6 +163,8 @@ def selective_scan(
         delta_softplus: apply softplus to delta + delta_bias.
         reverse: run backward in time: flip, scan and flip, within each sequence.
         return_final_state: also return h after the last step, as initial_state holds it.
+        context_parallel: the activations are shards along length, as it describes; see
+            :class:`mambablock.distributed.ContextParallel`.
 
     Returns:
         y of u's shape and type, or (y, final_state). Both are differentiable, once.
@@ -154,7 +173,10 @@ def selective_scan(
         TypeError: an argument that is no Tensor; the text names it.
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    y, final_state, _ = _call(
-        *(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, delta_softplus, reverse)
-    )
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    arguments = (*tensors, delta_softplus, reverse)
+    if context_parallel is None:
+        y, final_state, _ = _call(*arguments)
+    else:
+        y, final_state = sharded.selective_scan(context_parallel, return_final_state, *arguments)
     return (y, final_state) if return_final_state else y
