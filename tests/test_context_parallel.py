@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import mambablock
-from blocks import make_block
-from mambablock import MambaState, _context_parallel
+from mambablock import _context_parallel
 from mambablock.distributed import ContextParallel
 from operators import CONV, SCAN, Operator
 from processes import run_on_ranks

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mamba-1 selective state space block for PyTorch, with its own C++ and CUDA kernels."""
 
-from . import reference, selective_scan_carry  # the latter for its operators' fakes
+from . import reference
 from ._build_info import build_info
 from .block import MambaBlock, MambaState
 from .causal_conv1d import causal_conv1d

@@ -27,7 +27,7 @@ def check_sequences(
     state: MambaState | None,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    context_parallel: ContextParallel | None,
+    context_parallel: ContextParallel | None = None,
 ) -> None:
     """The arguments of MambaBlock.forward."""
     owner = type(block).__name__

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from . import _checks
 from . import _library as library
@@ -53,6 +55,7 @@ class ContextParallel:
         AttributeError: an attribute is assigned.
     """
 
+    group: dist.ProcessGroup
     group_name: str
     size: int
     rank: int
@@ -68,7 +71,7 @@ class ContextParallel:
         cu_seqlens: Tensor | None = None,
         check: bool | None = None,
     ) -> None:
-        if isinstance(mesh, dist.DeviceMesh):
+        if isinstance(mesh, DeviceMesh):
             if mesh.ndim != 1:
                 fail(f"mesh must have one dimension; got {mesh.ndim}, {mesh.mesh_dim_names}")
             group = mesh.get_group()
@@ -91,8 +94,9 @@ class ContextParallel:
             if cu_seqlens.dtype not in (torch.int32, torch.int64):
                 fail(f"cu_seqlens must be int32 or int64; got {cu_seqlens.dtype}")
         if check is None:
-            check = dist.get_debug_level() != dist.DebugLevel.OFF
+            check = os.environ.get("TORCH_DISTRIBUTED_DEBUG", "OFF") != "OFF"
         values = {
+            "group": group,
             "group_name": group.group_name,
             "size": group.size(),
             "rank": rank,
@@ -218,9 +222,9 @@ def of_channels(tensor: Tensor, first: int, count: int) -> Tensor:
 def in_rows(cp: ContextParallel, tensor: Tensor | None) -> Tensor | None:
     """(batch, length, ...) with each piece as a row: (batch * pieces, length / pieces, ...). A row
     of packed sequences stays one."""
-    if tensor is None or cp.layout == "contiguous" or cp.cu_seqlens is not None:
-        return tensor
-    return tensor.unflatten(1, (2, tensor.shape[1] // 2)).flatten(0, 1)
+    if tensor is not None and cp.layout == "zigzag" and cp.cu_seqlens is None:
+        tensor = torch.unflatten(tensor, 1, (2, tensor.shape[1] // 2)).flatten(0, 1)
+    return tensor
 
 
 def piece_length(cp: ContextParallel, length: int) -> int:
@@ -231,126 +235,15 @@ def piece_length(cp: ContextParallel, length: int) -> int:
 
 def by_piece(cp: ContextParallel, states: Tensor) -> Tensor:
     """(rows of the local call, ...) to (pieces, batch or sequences, ...)."""
+    rows = states.shape[0] // pieces(cp)
     if cp.cu_seqlens is not None:
-        return states.unflatten(0, (pieces(cp), states.shape[0] // pieces(cp)))
-    return states.unflatten(0, (states.shape[0] // pieces(cp), pieces(cp))).transpose(0, 1)
+        return torch.unflatten(states, 0, (pieces(cp), rows))
+    return torch.unflatten(states, 0, (rows, pieces(cp))).transpose(0, 1)
 
 
 def by_row(cp: ContextParallel, states: Tensor) -> Tensor:
     """The inverse of by_piece."""
     return (states if cp.cu_seqlens is not None else states.transpose(0, 1)).flatten(0, 1)
-
-
-class Chain(NamedTuple):
-    """Where the pieces lie along the chain, in whose coordinates time runs as the scan does, and,
-    of the sequence that enters each, where it starts; of packed sequences, who has which."""
-
-    begin: Tensor  # (all pieces), as all of the chain's
-    end: Tensor
-    start: Tensor
-    forgets: Tensor | None  # whether what leaves the piece started in it
-    local_cu_seqlens: Tensor | None  # of this rank's row, and so on: (pieces, ...)
-    entering: Tensor | None  # (pieces, sequences): the sequence that comes from the piece before
-    leaving: Tensor | None  # (pieces): the last sequence's row
-    leaves: Tensor | None  # (pieces, sequences): it goes on in the next piece
-    starts: Tensor | None  # (pieces): the last sequence starts in the piece
-    ends: Tensor | None  # (pieces, sequences): the piece has the sequence's last step
-
-
-def chain_of(cp: ContextParallel, like: Tensor, length: int, reverse: bool) -> Chain:
-    """Exchanges the lengths of the shards; `like` is on their device."""
-    lengths = gather(cp, torch.full((), length, dtype=torch.int64, device=like.device))
-    # Values on a device other than the CPU would have to be waited for.
-    values = like.device.type == "cpu" and not torch.compiler.is_compiling()
-    if values and cp.layout == "zigzag":
-        first = int(lengths[0])
-        if first % 2 or not bool((lengths == first).all()):
-            fail(
-                f"length must be that of two of 2 * ranks={2 * cp.size} equal pieces on every rank "
-                f"with zigzag; got {lengths.tolist()}"
-            )
-    of_piece = lengths[:, None] // pieces(cp)
-    if cp.layout == "zigzag":
-        of_piece = of_piece.expand(-1, 2)
-    lengths = chained(cp, of_piece, reverse)
-    end = lengths.cumsum(0)
-    begin = end - lengths
-    cu_seqlens = cp.cu_seqlens
-    if cu_seqlens is None:
-        return Chain(begin, end, torch.zeros_like(begin), *[None] * 7)
-    if values:
-        _check_cu_seqlens(cu_seqlens, int(end[-1]))
-
-    own, last_step = own_pieces(cp, reverse), end[-1:]
-    natural = cu_seqlens.to(torch.int64)
-    along = last_step - natural.flip(0) if reverse else natural
-    sequences = len(along) - 1
-    first = (torch.searchsorted(along, begin, right=True) - 1).clamp(0, sequences - 1)
-    last = (torch.searchsorted(along, end - 1, right=True) - 1).clamp(0, sequences - 1)
-    holds = lengths > 0
-    enters = holds & (along[first] < begin)
-    forgets = holds & (along[last] >= begin)
-    leaves = holds & (along[last + 1] > end)
-    start = torch.where(enters, along[first], begin)
-
-    def mine(of_all: Tensor) -> Tensor:
-        return torch.stack([of_all[i] for i in own])
-
-    def one_hot(rows: Tensor, where: Tensor) -> Tensor:
-        return (torch.arange(sequences, device=rows.device) == rows[:, None]) & where[:, None]
-
-    starts_at, ends_at = along[:-1], along[1:]
-    begins, finishes = mine(begin)[:, None], mine(end)[:, None]
-    # One without steps belongs to the chain's first piece.
-    at_first = mine(begin.new_ones(len(begin)).cumsum(0) == 1)[:, None]
-    ends = torch.where(starts_at == ends_at, at_first, (ends_at > begins) & (ends_at <= finishes))
-    entering = one_hot(mine(first), mine(enters))
-    leaves_as = one_hot(mine(last), mine(leaves))
-    leaving = mine(last)
-    if reverse:  # rows are in the order of time
-        ends, entering, leaves_as = ends.flip(1), entering.flip(1), leaves_as.flip(1)
-        leaving = sequences - 1 - leaving
-    local, at = [natural.new_zeros(1)], 0
-    for place in own:
-        from_step = last_step[0] - end[place] if reverse else begin[place]
-        boundaries = (natural - from_step).clamp(min=0).minimum(lengths[place])
-        local.append(boundaries[1:] + at)
-        at = piece_length(cp, length)
-    # The first boundary of a piece is 0 where cu_seqlens begins with 0.
-    return Chain(
-        begin,
-        end,
-        start,
-        forgets,
-        torch.cat(local),
-        entering,
-        leaving,
-        leaves_as,
-        mine(forgets),
-        ends,
-    )
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, length: int) -> None:
-    values = cu_seqlens.tolist()
-    if values[-1] != length:
-        fail(f"cu_seqlens must end with the global length={length}; got {values[-1]}")
-    if values[0] != 0 or values != sorted(values):
-        fail(f"cu_seqlens must rise from 0 to the global length={length}; got {values}")
-
-
-def picked(states: Tensor, rows: Tensor) -> Tensor:
-    """(pieces, sequences, ...) at each piece's row: (pieces, 1, ...)."""
-    index = rows.view(-1, 1, *[1] * (states.dim() - 2)).expand(-1, 1, *states.shape[2:])
-    return states.gather(1, index)
-
-
-def selected(mask: Tensor, states: Tensor, otherwise: Tensor | None = None) -> Tensor:
-    """States (pieces, sequences, ..., ...) where mask (pieces, sequences) is set, else 0."""
-    mask = mask[..., None, None]
-    return (
-        states.masked_fill(~mask, 0) if otherwise is None else torch.where(mask, states, otherwise)
-    )
 
 
 def sharded_call(
@@ -396,7 +289,7 @@ def agree(cp: ContextParallel, op: str, arguments: dict[str, Any]) -> None:
         mine[name] = f"{tensor.dtype} ({', '.join(map(str, shape))})"
     mine["cu_seqlens"] = None if cp.cu_seqlens is None else cp.cu_seqlens.tolist()
     calls: list[Any] = [None] * cp.size
-    dist.all_gather_object(calls, mine, group=_resolve(cp.group_name))
+    dist.all_gather_object(calls, mine, group=cp.group)
     for name, value in calls[0].items():
         others = [rank for rank, call in enumerate(calls) if call.get(name) != value]
         if others:
@@ -404,7 +297,3 @@ def agree(cp: ContextParallel, op: str, arguments: dict[str, Any]) -> None:
                 f"{op}'s {name} must be the same on every rank; got {value} on rank 0 and "
                 f"{calls[others[0]].get(name)} on {', '.join(f'rank {r}' for r in others)}"
             )
-
-
-def _resolve(group_name: str) -> Any:
-    return torch._C._distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined]

@@ -16,21 +16,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library as library
+from ._chain import Chain, chain_from, chain_of, every_piece, selected
 from ._context_parallel import (
-    Chain,
     Combined,
     ContextParallel,
     at,
     by_piece,
     by_row,
-    chain_of,
     exchange,
     in_rows,
     of_channels,
     own_pieces,
     piece_length,
     pieces,
-    selected,
     sharded_call,
     total,
 )
@@ -77,9 +75,10 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """y, final_state, and what the backward needs: each local row's initial state, the chain."""
     x, weight, bias, given, silu, reverse = arguments
-    inputs, packed = weight.shape[1] - 1, cp.cu_seqlens is not None
+    inputs = weight.shape[1] - 1
     piece_length(cp, x.shape[1])
     chain = chain_of(cp, x, x.shape[1], reverse)
+    packed = chain.packed
     wide = library.accumulator_dtype(x.dtype)
     rows = x.shape[0] if cp.cu_seqlens is None else len(cp.cu_seqlens) - 1
     initial = x.new_zeros((rows, inputs, x.shape[2]), dtype=wide) if given is None else given
@@ -99,10 +98,10 @@ def _forward(
     # Steps before the sequence's start are the initial state's.
     place, missing = (steps - start + inputs).clamp(0, inputs - 1), steps < start
     if packed:
-        of_entering = selected(chain.entering, initial.expand(pieces(cp), *initial.shape))
+        of_entering = selected(packed.entering, every_piece(cp, initial))
         states = of_entering.sum(1, keepdim=True)
     else:
-        states = initial.expand(pieces(cp), *initial.shape)
+        states = every_piece(cp, initial)
     halos = torch.stack(
         [
             _filled(halo.to(wide), missing[i], place[i], state)
@@ -111,19 +110,23 @@ def _forward(
     )
     first_states = halos
     if packed:
-        everywhere = initial.expand(pieces(cp), *initial.shape)
-        first_states = selected(chain.entering, halos, everywhere)
+        first_states = selected(packed.entering, halos, every_piece(cp, initial))
     first_states = by_row(cp, first_states).contiguous()
     y, local_last = torch.ops.mambablock.causal_conv1d(
-        in_rows(cp, x), weight, bias, first_states, chain.local_cu_seqlens, silu, reverse
+        in_rows(cp, x),
+        weight,
+        bias,
+        first_states,
+        packed and packed.local_cu_seqlens,
+        silu,
+        reverse,
     )
     final_state = initial.new_empty(0)
     if wants_final and packed:
-        final_state = total(cp, selected(chain.ends, by_piece(cp, local_last)).sum(0))
+        final_state = total(cp, selected(packed.ends, by_piece(cp, local_last)).sum(0))
     elif whole is not None:
         final_state = _filled(whole.to(wide), missing[-1], place[-1], initial)
-    links = tuple(link for link in chain if link is not None)
-    return y.view(x.shape), final_state, first_states, *links
+    return y.view(x.shape), final_state, first_states, *chain.tensors()
 
 
 def _filled(halo: Tensor, missing: Tensor, place: Tensor, initial: Tensor) -> Tensor:
@@ -142,8 +145,8 @@ def _backward(
     """The gradients of the arguments up to initial_state."""
     x, weight, bias, given, silu, reverse = arguments
     first_states, *links = kept
-    packed, inputs = cp.cu_seqlens is not None, weight.shape[1] - 1
-    chain = Chain(*links) if packed else Chain(*links, *[None] * 7)
+    inputs, chain = weight.shape[1] - 1, chain_from(links)
+    packed = chain.packed
     dy = torch.zeros_like(x) if dy is None else dy
     own_dlast = dlast = None
     if wants_final:
@@ -153,13 +156,13 @@ def _backward(
         dlast = total(cp, own_dlast)
     dstates = None
     if packed and dlast is not None:
-        dstates = by_row(cp, selected(chain.ends, dlast.expand(pieces(cp), *dlast.shape)))
+        dstates = by_row(cp, selected(packed.ends, every_piece(cp, dlast)))
     dx, dweight, dbias, dfirst = torch.ops.mambablock.causal_conv1d_backward(
         *(in_rows(cp, dy), dstates, in_rows(cp, x), weight, bias, first_states),
-        *(chain.local_cu_seqlens, silu, reverse),
+        *(packed and packed.local_cu_seqlens, silu, reverse),
     )
     dfirst = by_piece(cp, dfirst)
-    dhalos = selected(chain.entering, dfirst).sum(1, keepdim=True) if packed else dfirst
+    dhalos = selected(packed.entering, dfirst).sum(1, keepdim=True) if packed else dfirst
     steps, start = _halo_steps(chain, inputs)
     own = own_pieces(cp, reverse)
 
@@ -189,7 +192,7 @@ def _backward(
             [_shifted(dhalos[k], chain.begin[i] - chain.start[i]) for k, i in enumerate(own)]
         )
         if packed:
-            dinitial = selected(chain.entering, dinitial, dfirst)
+            dinitial = selected(packed.entering, dinitial, dfirst)
         dinitial = dinitial.sum(0)
         if own_dlast is not None and not packed:
             dinitial = dinitial + _shifted(own_dlast, chain.end[-1])

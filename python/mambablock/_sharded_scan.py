@@ -17,21 +17,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _library as library
+from . import selective_scan_carry
+from ._chain import Chain, chain_from, chain_of, every_piece, picked, selected
 from ._context_parallel import (
-    Chain,
     Combined,
     ContextParallel,
     at,
     by_piece,
     by_row,
-    chain_of,
     exchange,
     in_rows,
     of_channels,
     own_pieces,
-    picked,
     piece_length,
-    selected,
     sharded_call,
     total,
 )
@@ -76,10 +74,10 @@ class _Pass:
         u, delta, self.A, B, C, self.D, z, self.delta_bias, *_ = arguments
         *_, self.softplus, self.reverse = arguments
         piece_length(cp, u.shape[1])
-        self.packed = cp.cu_seqlens is not None
-        if chain is None and (self.packed or cp.layout == "zigzag"):
+        if chain is None and (cp.cu_seqlens is not None or cp.layout == "zigzag"):
             self.chain = chain_of(cp, u, u.shape[1], self.reverse)
-        self.local_cu_seqlens = None if self.chain is None else self.chain.local_cu_seqlens
+        self.packed = self.chain and self.chain.packed
+        self.local_cu_seqlens = self.packed and self.packed.local_cu_seqlens
         self.u, self.delta, self.B, self.C, self.z = (in_rows(cp, t) for t in (u, delta, B, C, z))
         self.own = own_pieces(cp, self.reverse)
         self.wide_A = self.A.to(library.accumulator_dtype(u.dtype))
@@ -90,7 +88,8 @@ class _Pass:
 
     def exponents(self, dt_sum: Tensor) -> Tensor:
         """Of the decay: (..., 1) to (..., d_inner, d_state)."""
-        return self.wide_A * dt_sum
+        exponents: Tensor = self.wide_A * dt_sum
+        return exponents
 
     def A_of(self, first: int, channels: int) -> Tensor:
         """A of a part of the channels, transposed."""
@@ -103,8 +102,8 @@ def _forward(
     """y, final_state, and what the backward needs: the saved states, each local row's initial
     state, the chain's sums of dt and the rows' own, and the chain."""
     p = _Pass(cp, arguments)
-    chain, own = p.chain, p.own
-    carry, dt_sum = torch.ops.mambablock.selective_scan_carry(
+    packed, own = p.packed, p.own
+    carry, dt_sum = selective_scan_carry.forward(
         *(p.u, p.delta, p.A, p.B, p.delta_bias, p.local_cu_seqlens, p.softplus, p.reverse)
     )
     carry, dt_sum = by_piece(cp, carry), by_piece(cp, dt_sum[..., None])
@@ -112,13 +111,12 @@ def _forward(
     initial = carry.new_zeros(carry.shape[1:]) if given is None else given
     # What leaves each of this rank's pieces, but for what came from the piece before.
     leaving, leaving_dt = carry, dt_sum
-    if p.packed:
-        assert chain is not None
-        leaving, leaving_dt = picked(carry, chain.leaving), picked(dt_sum, chain.leaving)
+    if packed:
+        leaving, leaving_dt = picked(carry, packed.leaving), picked(dt_sum, packed.leaving)
         if given is not None:
-            started = picked(given.expand(carry.shape), chain.leaving)
+            started = picked(every_piece(cp, given), packed.leaving)
             started = decayed(started, p.exponents(leaving_dt))
-            leaving = leaving + selected(chain.starts[:, None], started)
+            leaving = leaving + selected(packed.starts[:, None], started)
     elif given is not None and 0 in own:
         started = decayed(given, p.exponents(dt_sum[own.index(0)]))
         leaving = torch.stack(
@@ -128,29 +126,29 @@ def _forward(
 
     def combine(summaries: Tensor, first: int, wanted: Sequence[int]) -> Combined:
         state, chain_dt[0] = summaries.split([d_state, 1], dim=-2)
-        forgets = chain.forgets if chain is not None else None
+        forgets = packed and packed.forgets
         after = composed(state, chain_dt[0], p.A_of(first, state.shape[-1]), forgets)
         before = torch.cat([torch.zeros_like(after[:1]), after[:-1]])
-        return at(before, wanted), after[-1] if wants_final and not p.packed else None
+        return at(before, wanted), after[-1] if wants_final and not packed else None
 
     summary = torch.cat([leaving, leaving_dt], dim=-1).transpose(-1, -2)
     entering, whole = exchange(cp, summary, p.reverse, combine)
     entering = entering.transpose(-1, -2)
-    if p.packed:
-        first_states = selected(chain.entering, entering, initial.expand(carry.shape))
+    if packed:
+        first_states = selected(packed.entering, entering, every_piece(cp, initial))
     else:
         first_states = torch.stack(
             [initial if i == 0 else state for i, state in zip(own, entering, strict=True)]
         )
     first_states = by_row(cp, first_states).contiguous()
     y, last, saved = torch.ops.mambablock.selective_scan(*p.scan_arguments(first_states), save)
-    if p.packed and wants_final:
-        final_state = total(cp, selected(chain.ends, by_piece(cp, last)).sum(0))
+    if packed and wants_final:
+        final_state = total(cp, selected(packed.ends, by_piece(cp, last)).sum(0))
     elif whole is not None:
         final_state = whole.transpose(-1, -2).contiguous()
     else:
         final_state = carry.new_empty(0)
-    links = () if chain is None else tuple(link for link in chain if link is not None)
+    links = p.chain.tensors() if p.chain else ()
     return y.view(arguments[0].shape), final_state, saved, first_states, chain_dt[0], dt_sum, *links
 
 
@@ -164,12 +162,11 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the arguments up to initial_state."""
     saved, first_states, chain_dt, dt_sum, *links = kept
-    packed = cp.cu_seqlens is not None
-    chain = Chain(*links) if packed else Chain(*links, *[None] * 7) if links else None
-    p = _Pass(cp, arguments, chain)
+    p = _Pass(cp, arguments, chain_from(links) if links else None)
+    packed = p.packed
     dy = torch.zeros_like(arguments[0]) if dy is None else dy
     dy = in_rows(cp, dy)
-    carry = torch.ops.mambablock.selective_scan_carry_backward(
+    carry = selective_scan_carry.backward(
         *(dy, p.delta, p.A, p.C, p.z, p.delta_bias, p.local_cu_seqlens, p.softplus, p.reverse)
     )
     carry = by_piece(cp, carry)
@@ -178,9 +175,9 @@ def _backward(
         dlast = total(cp, dlast if dfinal_state is None else dfinal_state)
     if packed:
         # Of the sequences that end in each piece.
-        dlast = selected(chain.ends, dlast.expand(carry.shape))
+        dlast = selected(packed.ends, every_piece(cp, dlast))
         carry = carry + decayed(dlast, p.exponents(dt_sum))
-        carry = selected(chain.entering, carry).sum(1, keepdim=True)
+        carry = selected(packed.entering, carry).sum(1, keepdim=True)
 
     def combine(gradients: Tensor, first: int, wanted: Sequence[int]) -> Combined:
         channels = gradients.shape[-1]
@@ -191,22 +188,22 @@ def _backward(
         along = torch.cat([end, gradients.flip(0)])
         dt = torch.cat([torch.zeros_like(chain_dt[:1]), chain_dt.flip(0)])
         forgets = None
-        if chain is not None and chain.forgets is not None:
-            forgets = torch.cat([torch.zeros_like(chain.forgets[:1]), chain.forgets.flip(0)])
+        if packed:
+            forgets = torch.cat([torch.zeros_like(packed.forgets[:1]), packed.forgets.flip(0)])
         after = composed(along, dt, p.A_of(first, channels), forgets)
         return at(after[:-1].flip(0), wanted), None
 
     leaving, _ = exchange(cp, carry.transpose(-1, -2), p.reverse, combine)
     leaving = leaving.transpose(-1, -2)
     if packed:
-        leaving = selected(chain.leaves, leaving, dlast)
+        leaving = selected(packed.leaves, leaving, dlast)
     dstates = by_row(cp, leaving).contiguous()
     *found, dfirst = torch.ops.mambablock.selective_scan_backward(
         dy, dstates, saved, *p.scan_arguments(first_states)
     )
     dfirst = by_piece(cp, dfirst)
     if packed:
-        dinitial = selected(~chain.entering, dfirst).sum(0)
+        dinitial = selected(~packed.entering, dfirst).sum(0)
     else:
         dinitial = dfirst[p.own.index(0)] if 0 in p.own else torch.zeros_like(dfirst[0])
     gradients = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _library as library
@@ -35,4 +36,9 @@ def _fake_backward(a: Any) -> Tensor:
     op = "selective_scan_carry_backward"
     library.check_shape(op, "dy", a.dy, batch=None, length=None, d_inner=None)
     dtype = library.accumulator_dtype(a.dy.dtype)
-    return a.dy.new_empty((*_states(a, a.dy), a.A.shape[1]), dtype=dtype)
+    dinitial_state: Tensor = a.dy.new_empty((*_states(a, a.dy), a.A.shape[1]), dtype=dtype)
+    return dinitial_state
+
+
+forward = torch.ops.mambablock.selective_scan_carry.default
+backward = torch.ops.mambablock.selective_scan_carry_backward.default
