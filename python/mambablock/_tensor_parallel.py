@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Mamba block whose channels lie over the ranks of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+_LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")
+
+
+class TensorParallel(ParallelStyle):
+    """Distribute d_inner of a Mamba-1 block over a mesh, for
+    :func:`torch.distributed.tensor.parallel.parallelize_module`.
+
+    The block is a :class:`mambablock.MambaBlock`, or a mixer of a transformers model that
+    :func:`mambablock.integrations.transformers.patch` has patched::
+
+        parallelize_module(block, mesh["tp"], TensorParallel())
+        parallelize_module(model, mesh["tp"], {"backbone.layers.*.mixer": TensorParallel()})
+
+    Each rank computes d_inner / ranks channels. There is one all-reduce after x_proj, in the
+    forward and in the backward, one after out_proj, and one of the input's gradient. Input and
+    output are replicated; all ranks must compute the same loss of them. States hold a rank's channels, and
+    `d_inner` becomes their number. Parameters become DTensors, whose full_tensor() is that of the
+    whole block; their names stay, and a state_dict made or loaded with full_state_dict, but not
+    with broadcast_from_rank0, is the whole block's.
+
+    Raises, when it is applied and on every rank:
+        TypeError: the module is no Mamba-1 block.
+        ValueError: d_inner is no multiple of the number of ranks, or mesh has not one dimension.
+    """
+
+    def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
+        missing = [name for name in _LAYERS if not hasattr(module, name)]
+        if missing:
+            raise TypeError(
+                f"TensorParallel: module must be a MambaBlock or a patched Mamba-1 mixer; "
+                f"got {type(module).__name__} without {missing[0]}"
+            )
+        if device_mesh.ndim != 1:
+            raise ValueError(
+                f"TensorParallel: mesh must have one dimension; got {device_mesh.ndim}"
+            )
+        ranks, d_inner = device_mesh.size(), module.A_log.shape[0]
+        if d_inner % ranks:
+            raise ValueError(
+                f"TensorParallel: d_inner must be a multiple of the ranks={ranks}; got {d_inner}"
+            )
+        for name, parameter in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            sharded = distribute_tensor(
+                parameter.detach(),
+                device_mesh,
+                [_placement(name)],
+                src_data_rank=self.src_data_rank,
+            )
+            distributed = nn.Parameter(sharded, requires_grad=parameter.requires_grad)
+            for attribute, value in vars(parameter).items():  # such as _no_weight_decay
+                setattr(distributed, attribute, value)
+            module.get_submodule(owner).register_parameter(leaf, distributed)
+        if hasattr(module, "d_inner"):
+            module.d_inner = d_inner // ranks
+        group = device_mesh.get_group().group_name
+        object.__setattr__(module, "_tensor_parallel", (group, ranks))
+        after_norms = [
+            n for n in ("dt_layernorm", "b_layernorm", "c_layernorm") if hasattr(module, n)
+        ]
+        # What each rank's channels read has a share of the gradient on each rank.
+        both = not after_norms
+        module.x_proj.register_forward_hook(_reducing(group, forward=True, backward=both))
+        for name in after_norms:
+            hook = _reducing(group, forward=False, backward=True)
+            getattr(module, name).register_forward_hook(hook)
+        module.out_proj.register_forward_hook(_reducing(group, forward=True, backward=False))
+        module.register_load_state_dict_pre_hook(_refuse_written_in_place)
+        module.__class__ = _on_local_parameters(type(module))
+        return module
+
+
+def _placement(name: str) -> Placement:
+    layer = name.partition(".")[0]
+    if layer == "in_proj":
+        return _StridedShard(0, split_factor=2)  # of x's rows and of z's
+    if name in ("x_proj.weight", "out_proj.weight"):
+        return Shard(1)
+    if layer in ("conv1d", "dt_proj", "A_log", "D"):
+        return Shard(0)
+    return Replicate()
+
+
+def _refuse_written_in_place(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # broadcast_from_rank0 takes a rank's rows of in_proj for consecutive ones, and has written
+    # those into the parameter itself before it loads it.
+    name = f"{prefix}in_proj.weight"
+    if state_dict.get(name) is module.in_proj._parameters["weight"]:
+        raise RuntimeError(
+            f"TensorParallel: {name} must be loaded without broadcast_from_rank0, which cannot "
+            "place its rows; got the parameter itself"
+        )
+
+
+def _reduced(tensor: Tensor, group: str, *, forward: bool, backward: bool) -> Tensor:
+    """The sum over the ranks, in the forward or in the backward or in both."""
+    result: Tensor = _Reduced.apply(tensor, group, forward, backward)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Reduced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: str, forward: bool, backward: bool) -> Tensor:
+        ctx.group, ctx.backward = group, backward
+        return _summed(tensor, group) if forward else tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _summed(gradient, ctx.group) if ctx.backward else gradient, None, None, None
+
+
+def _summed(tensor: Tensor, group: str) -> Tensor:
+    ops = torch.ops._c10d_functional
+    summed: Tensor = ops.wait_tensor(ops.all_reduce(tensor.contiguous(), "sum", group))
+    return summed
+
+
+def _reducing(group: str, *, forward: bool, backward: bool) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Any:
+        return _reduced(output, group, forward=forward, backward=backward)
+
+    return hook
+
+
+class _OnLocalParameters:
+    """Computes with each rank's part of the parameters."""
+
+    _tensor_parallel: tuple[str, int]
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+        group, _ = self._tensor_parallel
+        hidden_states = _reduced(hidden_states, group, forward=False, backward=True)
+        with _local_parameters(self):
+            return super().forward(hidden_states, *arguments, **options)  # type: ignore[misc]
+
+    def _mix(self, *arguments: Any) -> Any:
+        with _local_parameters(self):  # again where the backward recomputes it
+            return super()._mix(*arguments)  # type: ignore[misc]
+
+    @torch.no_grad()
+    def step(self, *arguments: Any) -> Any:
+        with _local_parameters(self):
+            return super().step(*arguments)  # type: ignore[misc]
+
+
+@cache
+def _on_local_parameters(block_class: Any) -> Any:
+    return type(block_class.__name__, (_OnLocalParameters, block_class), {})
+
+
+@contextmanager
+def _local_parameters(module: Any) -> Iterator[None]:
+    """Within it, parameters are tensors of this rank, through which gradients flow back."""
+    _, ranks = module._tensor_parallel
+    owners = [owner for owner in module.modules() if owner._parameters]
+    held = [dict(owner._parameters) for owner in owners]
+    try:
+        for owner in owners:
+            for name, parameter in owner._parameters.items():
+                if isinstance(parameter, DTensor):
+                    local = parameter.to_local()
+                    if owner is module.out_proj and name == "bias":
+                        # Every rank adds a part of it; its gradient is whole on each.
+                        local = local - local.detach() * (1 - 1 / ranks)
+                    owner._parameters[name] = local
+        yield
+    finally:
+        for owner, parameters in zip(owners, held, strict=True):
+            owner._parameters.update(parameters)
