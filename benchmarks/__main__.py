@@ -22,6 +22,7 @@ from .block import measure_block, measure_decode
 from .conv import measure_conv
 from .correctness import WrongResultError, check_cpu, check_cuda
 from .device import NotReadyError, require_device
+from .distributed import measure_distributed
 from .implementations import CAUSAL_CONV1D, MAMBA_SSM, MAMBAPY, TRANSFORMERS, importable
 from .layout import measure_layout
 from .measure import in_fresh_process
@@ -45,6 +46,7 @@ class Section(str, Enum):
     block = "block"
     decode = "decode"
     memory = "memory"
+    distributed = "distributed"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ suites = {
             Section.block: measure_block,
             Section.decode: measure_decode,
             Section.memory: measure_memory,
+            Section.distributed: measure_distributed,
         },
         FULL,
         QUICK,

@@ -44,6 +44,8 @@ class Settings(Sampling):
     memory_length: int
     threads: tuple[int, ...]
     """The targets are for the last."""
+    distributed_length: int
+    distributed_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ FULL = Settings(
     d_states=(1, 4, 16, 64, 128),
     memory_length=16384,
     threads=(1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,),
+    distributed_length=65536,
+    distributed_rounds=3,
 )
 QUICK = Settings(
     length=128,
@@ -87,6 +91,8 @@ QUICK = Settings(
     d_states=(4, 16),
     memory_length=1024,
     threads=(1,),
+    distributed_length=256,
+    distributed_rounds=1,
 )
 CUDA_FULL = CudaSettings(
     rounds=25,

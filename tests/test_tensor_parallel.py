@@ -92,11 +92,13 @@ def check_checkpoint(block: nn.Module, whole: nn.Module) -> None:
 def check_mesh(rank: int) -> None:
     """ContextParallel over one dimension, with FSDP, and TensorParallel over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
-    whole = nn.ModuleList(make_block(d_inner=12, recompute=i == 1) for i in range(2))
+    options = [{"bias": True}, {"recompute": True}]
+    whole = nn.ModuleList(make_block(d_inner=12, **option) for option in options)
     model = copy.deepcopy(whole)
     for block in model:
         parallelize_module(block, mesh["tp"], TensorParallel())
-        fully_shard(block, mesh=mesh["cp"])
+        placement = TensorParallel.shard_placement_fn
+        fully_shard(block, mesh=mesh["cp"], shard_placement_fn=placement)
     fully_shard(model, mesh=mesh["cp"])
     cp = ContextParallel(mesh["cp"])
     x = torch.randn(2, 16, 6, dtype=torch.float64)
@@ -115,9 +117,11 @@ def check_mesh(rank: int) -> None:
             optimizer = torch.optim.SGD(parameters, lr=1e-4)
             optimizer.step()
             optimizer.zero_grad()
-    saved = get_model_state_dict(model, options=FULL)
-    for name, value in whole.state_dict().items():
-        assert_same(saved[name], value)
+    check_checkpoint(model, whole)
+    other = parallelize_module(make_block(d_inner=12), mesh["tp"], TensorParallel())
+    fully_shard(other, mesh=mesh["cp"])
+    with pytest.raises(RuntimeError, match="must be divided by fully_shard"):
+        set_model_state_dict(other, whole[1].state_dict(), options=FULL)
 
 
 def check_transformers(rank: int) -> None:

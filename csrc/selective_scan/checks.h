@@ -33,8 +33,8 @@ ScanSizes check_scan(const Checks& checks, const Arguments& a, const Sizes& step
   const Size d_state = checks.matrix("A", a.A, channels, "d_state");
   const Size groups{"groups", check_groups(checks, "B", a.B, steps, d_state)};
   const bool grouped = a.B.dim() == int64_t(steps.count) + 2;
-  checks.activation(
-      "C", a.C, grouped ? steps.followed_by({groups, d_state}) : steps.followed_by({d_state}));
+  checks.activation("C", a.C,
+                    grouped ? steps.followed_by({groups, d_state}) : steps.followed_by({d_state}));
   checks.parameter("D", a.D, {channels});
   checks.activation("z", a.z, steps.followed_by({channels}));
   checks.parameter("delta_bias", a.delta_bias, {channels});

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a scan hands from one piece of a sequence to the next, without y: forward, the final state of
-// a piece whose initial state is 0, and with its sum of dt the piece's decay, exp(A * sum dt);
+// What a scan hands from one piece of a sequence to the next, without y: forward, the final state
+// of a piece whose initial state is 0, and with its sum of dt the piece's decay, exp(A * sum dt);
 // backward, the gradient of the initial state where that of the final one is 0.
 #include "common/host/views.h"
 #include "selective_scan/checks.h"
@@ -78,8 +78,10 @@ std::array<Tensor, 2> selective_scan_carry(const ForwardArguments& a) {
 
 std::array<Tensor, 1> selective_scan_carry_backward(const BackwardArguments& a) {
   Call call("selective_scan_carry_backward", a, "dy", a.dy, "C", a.C, a.z);
-  const Tensor dinitial_state = call.new_state();
+  const Tensor dinitial_state = call.new_state(),
+               dt_sum = call.new_accumulators({call.states, call.p.channels});
   call.p.state = dinitial_state.mutable_data_ptr();
+  call.p.dt_sum = dt_sum.mutable_data_ptr();  // which CUDA composes its chunks with
   carry_backward(call, call.p);
   return {dinitial_state};
 }

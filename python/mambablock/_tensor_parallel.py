@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,15 +29,24 @@ class TensorParallel(ParallelStyle):
 
     Each rank computes d_inner / ranks channels. There is one all-reduce after x_proj, in the
     forward and in the backward, one after out_proj, and one of the input's gradient. Input and
-    output are replicated; all ranks must compute the same loss of them. States hold a rank's channels, and
-    `d_inner` becomes their number. Parameters become DTensors, whose full_tensor() is that of the
-    whole block; their names stay, and a state_dict made or loaded with full_state_dict, but not
-    with broadcast_from_rank0, is the whole block's.
+    output are replicated; all ranks must compute the same loss of them. States hold a rank's
+    channels, and `d_inner` becomes their number. Parameters become DTensors, whose full_tensor() is
+    that of the whole block; their names stay, and a state_dict made or loaded with full_state_dict,
+    but not with broadcast_from_rank0, is the whole block's. With FSDP, which divides in_proj's
+    weight along its other dimension, so that it can be loaded::
+
+        fully_shard(block, mesh=mesh["dp"], shard_placement_fn=TensorParallel.shard_placement_fn)
 
     Raises, when it is applied and on every rank:
         TypeError: the module is no Mamba-1 block.
         ValueError: d_inner is no multiple of the number of ranks, or mesh has not one dimension.
     """
+
+    @staticmethod
+    def shard_placement_fn(parameter: nn.Parameter) -> Shard | None:
+        """fully_shard's: along which dimension FSDP is to divide a parameter; None for its own
+        choice, the first."""
+        return Shard(1) if isinstance(parameter, DTensor) and _strided(parameter) else None
 
     def _apply(self, module: Any, device_mesh: DeviceMesh) -> nn.Module:
         missing = [name for name in _LAYERS if not hasattr(module, name)]
@@ -71,7 +79,7 @@ class TensorParallel(ParallelStyle):
         if hasattr(module, "d_inner"):
             module.d_inner = d_inner // ranks
         group = device_mesh.get_group().group_name
-        object.__setattr__(module, "_tensor_parallel", (group, ranks))
+        object.__setattr__(module, "_tensor_parallel", (group, ranks, device_mesh.get_local_rank()))
         after_norms = [
             n for n in ("dt_layernorm", "b_layernorm", "c_layernorm") if hasattr(module, n)
         ]
@@ -82,14 +90,15 @@ class TensorParallel(ParallelStyle):
             hook = _reducing(group, forward=False, backward=True)
             getattr(module, name).register_forward_hook(hook)
         module.out_proj.register_forward_hook(_reducing(group, forward=True, backward=False))
-        module.register_load_state_dict_pre_hook(_refuse_written_in_place)
+        module.register_load_state_dict_pre_hook(_refuse_misplaced)
         module.__class__ = _on_local_parameters(type(module))
-        return module
+        block: nn.Module = module
+        return block
 
 
 def _placement(name: str) -> Placement:
     layer = name.partition(".")[0]
-    if layer == "in_proj":
+    if name == "in_proj.weight":
         return _StridedShard(0, split_factor=2)  # of x's rows and of z's
     if name in ("x_proj.weight", "out_proj.weight"):
         return Shard(1)
@@ -98,14 +107,23 @@ def _placement(name: str) -> Placement:
     return Replicate()
 
 
-def _refuse_written_in_place(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    # broadcast_from_rank0 takes a rank's rows of in_proj for consecutive ones, and has written
-    # those into the parameter itself before it loads it.
-    name = f"{prefix}in_proj.weight"
-    if state_dict.get(name) is module.in_proj._parameters["weight"]:
+def _strided(parameter: DTensor) -> list[Placement]:
+    return [p for p in parameter.placements if isinstance(p, _StridedShard)]
+
+
+def _refuse_misplaced(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Raises where a loaded in_proj.weight has rows of another place, which torch does silently."""
+    name, weight = f"{prefix}in_proj.weight", module.in_proj._parameters["weight"]
+    if state_dict.get(name) is weight:
+        # Taken for consecutive rows, and written into the parameter before it is loaded.
         raise RuntimeError(
             f"TensorParallel: {name} must be loaded without broadcast_from_rank0, which cannot "
             "place its rows; got the parameter itself"
+        )
+    if len(_strided(weight)) > 1:
+        raise RuntimeError(
+            f"TensorParallel: {name} must be divided by fully_shard(..., shard_placement_fn="
+            f"TensorParallel.shard_placement_fn) to be loaded; got {weight.placements}"
         )
 
 
@@ -142,10 +160,10 @@ def _reducing(group: str, *, forward: bool, backward: bool) -> Any:
 class _OnLocalParameters:
     """Computes with each rank's part of the parameters."""
 
-    _tensor_parallel: tuple[str, int]
+    _tensor_parallel: tuple[str, int, int]
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
-        group, _ = self._tensor_parallel
+        group = self._tensor_parallel[0]
         hidden_states = _reduced(hidden_states, group, forward=False, backward=True)
         with _local_parameters(self):
             return super().forward(hidden_states, *arguments, **options)  # type: ignore[misc]
@@ -160,15 +178,14 @@ class _OnLocalParameters:
             return super().step(*arguments)  # type: ignore[misc]
 
 
-@cache
-def _on_local_parameters(block_class: Any) -> Any:
+def _on_local_parameters(block_class: type) -> Any:
     return type(block_class.__name__, (_OnLocalParameters, block_class), {})
 
 
 @contextmanager
 def _local_parameters(module: Any) -> Iterator[None]:
     """Within it, parameters are tensors of this rank, through which gradients flow back."""
-    _, ranks = module._tensor_parallel
+    group, ranks, rank = module._tensor_parallel
     owners = [owner for owner in module.modules() if owner._parameters]
     held = [dict(owner._parameters) for owner in owners]
     try:
@@ -179,6 +196,10 @@ def _local_parameters(module: Any) -> Iterator[None]:
                     if owner is module.out_proj and name == "bias":
                         # Every rank adds a part of it; its gradient is whole on each.
                         local = local - local.detach() * (1 - 1 / ranks)
+                    elif owner is module.in_proj and name == "bias":
+                        # It is replicated: whole tensors could not be loaded into x's and z's rows.
+                        local = _reduced(local, group, forward=False, backward=True)
+                        local = local.unflatten(0, (2, ranks, -1))[:, rank].flatten()
                     owner._parameters[name] = local
         yield
     finally:

@@ -256,16 +256,15 @@ class MambaBlock(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """All between in_proj and out_proj: y, the last inputs and h; padding is at the end."""
-        # Beyond one device, a state that nobody asked for is not exchanged.
-        return_final_state = context_parallel is None or return_state
-        shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "context_parallel": context_parallel}
+        shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_final_state": True}
+        if context_parallel is not None:  # a state that nobody asked for is not exchanged
+            shared |= {"context_parallel": context_parallel, "return_final_state": return_state}
         convolved = causal_conv1d(
             inputs,
             self.conv1d.weight.squeeze(1),
             bias=self.conv1d.bias,
             silu=True,
             initial_state=conv_state,
-            return_final_state=return_final_state,
             **shared,
         )
         x, last_inputs = convolved if isinstance(convolved, tuple) else (convolved, None)
@@ -284,7 +283,6 @@ class MambaBlock(nn.Module):
             delta_bias=delta_bias,
             delta_softplus=True,
             initial_state=ssm_state,
-            return_final_state=return_final_state,
             **shared,
         )
         y, last_h = scanned if isinstance(scanned, tuple) else (scanned, None)

@@ -142,7 +142,6 @@ void carry_range(Carry<T> tiles, RowSegments segments) {
     if (kBackward ? segment->starts() : segment->ends()) {
       const int64_t row = tiles.state_row(*segment);
       tiles.store_by_state(tiles.h, row, p.state);
-      if (p.dt_sum == nullptr) continue;
       memcpy(static_cast<A*>(p.dt_sum) + row, tiles.dt_sum, tiles.range.channels * sizeof(A));
     }
   }
