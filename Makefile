@@ -13,13 +13,14 @@ cuda_library := python/mambablock/libmambablock_cuda.so
 wheel_cuda := $(or $(MAMBABLOCK_CUDA),AUTO)
 export MAMBABLOCK_CUDA ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
 
-.PHONY: help test demo demo-hf bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
+.PHONY: help test demo demo-hf demo-long bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
     gpu-memcheck gpu-racecheck gpu-bench wheel clean
 
 help:
 	@echo 'make test      run the tests; ARGS="-k scan" goes to pytest'
 	@echo 'make demo      train a language model on text; DATA=file or folder, ARGS="--resume"'
 	@echo 'make demo-hf   generate with a transformers model, unpatched and patched; ARGS=...'
+	@echo 'make demo-long  train at length 256, test up to length 2^20; ARGS="--resume"'
 	@echo 'make bench     measure speed and memory; ARGS=...'
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
@@ -43,6 +44,9 @@ demo: $(VENV)/installed-demo
 
 demo-hf: $(VENV)/installed-demo-hf
 	$(bin)/python examples/hugging_face.py $(ARGS)
+
+demo-long: $(VENV)/installed-demo
+	$(bin)/python examples/induction_heads.py $(ARGS)
 
 bench: $(VENV)/installed-bench
 	$(bin)/python -m benchmarks $(ARGS)

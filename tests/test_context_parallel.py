@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mambablock import _context_parallel
+from blocks import make_block, random_state
+from mambablock import MambaBlock, MambaState, _context_parallel, _sharded_scan
 from mambablock.distributed import ContextParallel
-from operators import CONV, SCAN, Operator
+from operators import CONV, SCAN, Calls, Operator
 from processes import run_on_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch's gloo")
@@ -134,3 +136,176 @@ def check_operators(rank: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_operators(ranks: int, tmp_path: Path) -> None:
     run_on_ranks(ranks, check_operators, tmp_path)
+
+
+def check_block(rank: int) -> None:
+    ranks = dist.get_world_size()
+    lengths = SHARDS[ranks][0]
+    torch.manual_seed(0)
+    for recompute, cu_seqlens in itertools.product((False, True), packings(sum(lengths))):
+        block = make_block(bias=True, recompute=recompute)
+        cp = ContextParallel(dist.group.WORLD, cu_seqlens=cu_seqlens)
+        rows = 2 if cu_seqlens is None else len(cu_seqlens) - 1
+        state = random_state(block, rows)
+        x = torch.randn(2 if cu_seqlens is None else 1, sum(lengths), 6, dtype=torch.float64)
+        leaves = {"hidden_states": x, "conv": state.conv, "ssm": state.ssm}
+        leaves |= dict(block.named_parameters())
+
+        def run(
+            hidden_states: Tensor,
+            conv: Tensor,
+            ssm: Tensor,
+            block: MambaBlock = block,
+            context_parallel: ContextParallel | None = None,
+            cu_seqlens: Tensor | None = None,
+            **parameters: Tensor,
+        ) -> tuple[Tensor, ...]:
+            options = {"context_parallel": context_parallel, "cu_seqlens": cu_seqlens}
+            arguments = (hidden_states, MambaState(conv, ssm))
+            y, states = torch.func.functional_call(
+                block, parameters, arguments, options | {"return_state": True}
+            )
+            return y, *states
+
+        compare(run, leaves, ("hidden_states",), cp, lengths)
+        exchanges_once(block, cp, sharded(cp, lengths, x))
+    compiled = torch.compile(make_block(recompute=True), fullgraph=True, backend="aot_eager")
+    cp, shard = ContextParallel(dist.group.WORLD), torch.randn(2, 9, 6, dtype=torch.float64)
+    shard.requires_grad_()
+    leaves = [shard, *compiled.parameters()]
+    outputs = [f(shard, context_parallel=cp) for f in (compiled, compiled._orig_mod)]
+    gradients = [torch.autograd.grad(y.sum(), leaves) for y in outputs]
+    assert_same(outputs[0], outputs[1])
+    assert_same(gradients[0], gradients[1])
+
+
+def exchanges_once(block: MambaBlock, cp: ContextParallel, shard: Tensor) -> None:
+    """The backward exchanges gradients alone, also where it recomputes the block; no rank is given
+    as much as the sequence."""
+    with Calls() as forward:
+        y = block(shard, context_parallel=cp)
+    with Calls() as backward:
+        y.sum().backward()
+    # Lengths and last inputs of the convolution, the scan's summary, the lengths again if packed.
+    gathers = 3 if cp.cu_seqlens is None else 4
+    name = "_c10d_functional::all_gather_into_tensor"
+    assert len(forward.of(name)) == gathers
+    assert len(backward.of(name)) == 2
+    block.zero_grad()
+
+
+def check_errors(rank: int) -> None:
+    """Each on every rank, at once."""
+    ranks, world = dist.get_world_size(), dist.group.WORLD
+    block = make_block()
+    x = torch.randn(1, 4, 6, dtype=torch.float64)
+
+    def call(length: int = 4, **options: Any) -> Any:
+        return lambda: block(x[:, :length], context_parallel=ContextParallel(world, **options))
+
+    def mesh() -> Any:
+        names = ("a", "b")
+        found = dist.device_mesh.init_device_mesh("cpu", (1, ranks), mesh_dim_names=names)
+        return ContextParallel(found)
+
+    def scan(**options: Any) -> Any:
+        inputs = SCAN.make_inputs(1)
+        cp = ContextParallel(world, check=True)
+        return lambda: SCAN.function(**(inputs | options), context_parallel=cp)
+
+    wrong_end = torch.tensor([0, 4 * ranks + 1])
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    cp = ContextParallel(world)
+    for function, error, text in (
+        (lambda: ContextParallel(world, layout="ring"), ValueError, "layout must be .*'ring'"),
+        (lambda: ContextParallel(3), TypeError, "mesh must be a DeviceMesh or a .*; got 3"),
+        (mesh, ValueError, "mesh must have one dimension; got 2"),
+        (lambda: ContextParallel(world, cu_seqlens=[0]), TypeError, "cu_seqlens must be a Tensor"),
+        (lambda: ContextParallel(world, cu_seqlens=mask), ValueError, r"cu_seqlens must be \(seq"),
+        (call(cu_seqlens=wrong_end), ValueError, "cu_seqlens must end with the global length"),
+        (call(cu_seqlens=torch.tensor([0, 3, 2, 4 * ranks])), ValueError, "cu_seqlens must rise"),
+        (call(3, layout="zigzag"), ValueError, "length must be .* equal"),
+        (call(4 if rank else 2, layout="zigzag"), ValueError, r"length must be .*; got \[2, 4"),
+        (lambda: setattr(cp, "rank", 1), AttributeError, "rank must not be assigned"),
+        (
+            lambda: block(x, context_parallel=cp, attention_mask=mask),
+            ValueError,
+            "attention_mask and a ContextParallel must not",
+        ),
+        (
+            lambda: block(x, context_parallel=cp, cu_seqlens=torch.tensor([0, 4])),
+            ValueError,
+            "cu_seqlens must be given to it",
+        ),
+        (lambda: block(x, context_parallel=world), TypeError, "must be a ContextParallel; got"),
+        (
+            scan(D=torch.zeros(4 + rank, dtype=torch.float64)),
+            ValueError,
+            r"selective_scan's D must be the same on every rank; got .*\(4\) on rank 0 and .*\(5\)",
+        ),
+        (scan(z=None) if rank else scan(), ValueError, "z must be the same .* None on rank 1"),
+    ):
+        with pytest.raises(error, match=f"ContextParallel.*{text}"):
+            function()
+        dist.barrier()
+
+
+def check_others(rank: int) -> None:
+    check_block(rank)
+    check_errors(rank)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_block_and_errors(ranks: int, tmp_path: Path) -> None:
+    run_on_ranks(ranks, check_others, tmp_path)
+
+
+class Held(Exception):
+    """What a rank sends, where another one's part of it is not there yet."""
+
+
+def test_fold_of_many_ranks() -> None:
+    """512 ranks in one process: each composes a part of the channels, by 9 steps."""
+    ranks, channels, d_state = 512, 1024, 3
+    A = -torch.rand(d_state, channels, dtype=torch.float64)
+    carry = torch.randn(ranks, 1, d_state, channels, dtype=torch.float64)
+    dt_sum = torch.rand(ranks, 1, 1, channels, dtype=torch.float64)
+    expected, h = [], torch.zeros_like(carry[0])
+    for rank in range(ranks):
+        expected.append(h)
+        h = torch.exp(A * dt_sum[rank]) * h + carry[rank]
+    steps: list[int] = []
+
+    def combine(summaries: Tensor, first: int, wanted: range) -> tuple[Tensor, Tensor | None]:
+        state, dt = summaries.split([d_state, 1], dim=-2)
+        part = A[:, first : first + state.shape[-1]]
+        with mock.patch.object(_sharded_scan, "decayed", wraps=_sharded_scan.decayed) as counted:
+            after = _sharded_scan.composed(state, dt, part, None)
+        steps.append(counted.call_count)
+        return torch.cat([torch.zeros_like(after[:1]), after[:-1]]), None
+
+    arrived: list[Tensor] = []  # of each exchange: (from, to, ...)
+
+    def swap(cp: Any, sent: Tensor) -> Tensor:
+        if cp.exchanges == len(arrived):
+            raise Held(sent)
+        cp.exchanges += 1
+        return arrived[cp.exchanges - 1][:, cp.rank]
+
+    def all_ranks() -> list[Any]:
+        found: list[Any] = []
+        for rank in range(ranks):
+            cp = SimpleNamespace(size=ranks, rank=rank, layout="contiguous", exchanges=0)
+            summary = torch.cat([carry[rank], dt_sum[rank]], dim=-2)[None]
+            try:
+                found.append(_context_parallel.exchange(cp, summary, False, combine)[0])
+            except Held as held:
+                found.append(held.args[0])
+        return found
+
+    with mock.patch.object(_context_parallel, "swap", swap):
+        arrived.append(torch.stack(all_ranks()))
+        arrived.append(torch.stack(all_ranks()))
+        found = all_ranks()
+    assert set(steps) == {9}
+    assert_same(torch.cat(found), torch.stack(expected))
