@@ -68,9 +68,9 @@ sanitize: $(VENV)/requirements
 # sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
 # these architectures.
 emulation_tests := $(addprefix tests/test_,cuda.py operator_contract.py operator_errors.py \
-    operator_torch.py selective_scan.py causal_conv1d.py updates.py block.py block_construction.py \
-    block_errors.py block_sequences.py block_torch.py recompute.py compat_causal_conv1d.py \
-    compat_errors.py compat_mamba_simple.py compat_mamba_ssm.py)
+    operator_torch.py selective_scan.py selective_scan_carry.py causal_conv1d.py updates.py \
+    block.py block_construction.py block_errors.py block_sequences.py block_torch.py recompute.py \
+    compat_causal_conv1d.py compat_errors.py compat_mamba_simple.py compat_mamba_ssm.py)
 emulated := $(pytest) -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 

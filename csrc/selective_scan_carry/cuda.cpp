@@ -20,6 +20,7 @@ void run(const OpCall& call, const SelectiveScanCarry& p, bool backward) {
   if (chunks > most) chunks = most > 0 ? most : 1;
   CarryCudaPlan plan{.boundaries = static_cast<const int64_t*>(data_of(boundaries)),
                      .reverse = call.reverse,
+                     .backward = backward,
                      .chunks = chunks,
                      .chunk_steps = (p.length + chunks - 1) / chunks,
                      .state = nullptr,
@@ -28,8 +29,7 @@ void run(const OpCall& call, const SelectiveScanCarry& p, bool backward) {
                dt_sum = call.new_accumulators({p.batch, chunks, p.channels});
   plan.state = state.mutable_data_ptr();
   plan.dt_sum = dt_sum.mutable_data_ptr();
-  (backward ? cuda_carry_backward : cuda_carry_forward)(call.checks.op(), p, plan,
-                                                        context.stream());
+  cuda_carry(call.checks.op(), p, plan, context.stream());
 }
 
 }  // namespace

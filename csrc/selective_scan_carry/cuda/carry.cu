@@ -53,8 +53,7 @@ __device__ __forceinline__ A decayed(A x, A exponent) {
 }
 
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(kCarryChannels)
-    chunk_kernel(const SelectiveScanCarry p, const CarryCudaPlan plan) {
+__device__ __forceinline__ void scan_chunk(const SelectiveScanCarry& p, const CarryCudaPlan& plan) {
   using A = Accumulator<T>;
   constexpr int held = kStatesHeld<A>;
   const int64_t blocks = (p.channels + kCarryChannels - 1) / kCarryChannels;
@@ -128,10 +127,15 @@ __global__ void __launch_bounds__(kCarryChannels)
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(kCarryChannels)
+    chunk_kernel(const SelectiveScanCarry p, const CarryCudaPlan plan) {
+  with_flag(plan.backward, [&](auto backward) { scan_chunk<T, backward.value>(p, plan); });
+}
+
 // Adds what comes from earlier chunks to the final states of the sequences that go through them.
 template <class A, bool kBackward>
-__global__ void __launch_bounds__(kCarryChannels)
-    compose_kernel(const SelectiveScanCarry p, const CarryCudaPlan plan) {
+__device__ __forceinline__ void compose(const SelectiveScanCarry& p, const CarryCudaPlan& plan) {
   const int64_t index = int64_t(blockIdx.x) * kCarryChannels + threadIdx.x;
   if (index >= p.batch * p.channels) return;
   const int64_t batch = index / p.channels, d = index % p.channels;
@@ -163,33 +167,24 @@ __global__ void __launch_bounds__(kCarryChannels)
   }
 }
 
-template <bool kBackward>
-void carry(const char* op, const SelectiveScanCarry& p, const CarryCudaPlan& plan,
-           cudaStream_t stream) {
-  dispatch_dtype(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    launch(op, chunk_kernel<T, kBackward>, cuda_carry_blocks(p) * plan.chunks, kCarryChannels, 0,
-           stream, p, plan);
-  });
-  if (plan.chunks == 1) return;
-  const int64_t blocks = (p.batch * p.channels + kCarryChannels - 1) / kCarryChannels;
-  if (p.dtype == DType::float64) {
-    launch(op, compose_kernel<double, kBackward>, blocks, kCarryChannels, 0, stream, p, plan);
-  } else {
-    launch(op, compose_kernel<float, kBackward>, blocks, kCarryChannels, 0, stream, p, plan);
-  }
+template <class A>
+__global__ void __launch_bounds__(kCarryChannels)
+    compose_kernel(const SelectiveScanCarry p, const CarryCudaPlan plan) {
+  with_flag(plan.backward, [&](auto backward) { compose<A, backward.value>(p, plan); });
 }
 
 }  // namespace
 
-void cuda_carry_forward(const char* op, const SelectiveScanCarry& p, const CarryCudaPlan& plan,
-                        cudaStream_t stream) {
-  carry<false>(op, p, plan, stream);
-}
-
-void cuda_carry_backward(const char* op, const SelectiveScanCarry& p, const CarryCudaPlan& plan,
-                         cudaStream_t stream) {
-  carry<true>(op, p, plan, stream);
+void cuda_carry(const char* op, const SelectiveScanCarry& p, const CarryCudaPlan& plan,
+                cudaStream_t stream) {
+  dispatch_dtype(p.dtype, [&](auto type) {
+    launch(op, chunk_kernel<decltype(type)>, cuda_carry_blocks(p) * plan.chunks, kCarryChannels, 0,
+           stream, p, plan);
+  });
+  if (plan.chunks == 1) return;
+  const int64_t blocks = (p.batch * p.channels + kCarryChannels - 1) / kCarryChannels;
+  launch(op, p.dtype == DType::float64 ? compose_kernel<double> : compose_kernel<float>, blocks,
+         kCarryChannels, 0, stream, p, plan);
 }
 
 }  // namespace mambablock

@@ -10,7 +10,7 @@ namespace mambablock {
 // How a call is divided.
 struct CarryCudaPlan {
   const int64_t* boundaries;  // (S+1), of a row's sequences; null without packed ones
-  bool reverse;
+  bool reverse, backward;
   int64_t chunks, chunk_steps;  // of a row
   void* state;                  // (B, chunks, D, N): what leaves each chunk if 0 enters it
   void* dt_sum;                 // (B, chunks, D): since the chunk's or the last sequence's start
@@ -24,9 +24,7 @@ inline int64_t cuda_carry_blocks(const SelectiveScanCarry& p) {
   return p.batch * ((p.channels + kCarryChannels - 1) / kCarryChannels);
 }
 
-void cuda_carry_forward(const char* op, const SelectiveScanCarry& p, const CarryCudaPlan& plan,
-                        cudaStream_t stream);
-void cuda_carry_backward(const char* op, const SelectiveScanCarry& p, const CarryCudaPlan& plan,
-                         cudaStream_t stream);
+void cuda_carry(const char* op, const SelectiveScanCarry& p, const CarryCudaPlan& plan,
+                cudaStream_t stream);
 
 }  // namespace mambablock
