@@ -165,11 +165,12 @@ class _OnLocalParameters:
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         group = self._tensor_parallel[0]
         hidden_states = _reduced(hidden_states, group, forward=False, backward=True)
-        with _local_parameters(self):
+        with _local_parameters(self, of_mix=False if hasattr(self, "_mix") else None):
             return super().forward(hidden_states, *arguments, **options)  # type: ignore[misc]
 
     def _mix(self, *arguments: Any) -> Any:
-        with _local_parameters(self):  # again where the backward recomputes it
+        # Here, where the backward recomputes it, alike both times.
+        with _local_parameters(self, of_mix=True):
             return super()._mix(*arguments)  # type: ignore[misc]
 
     @torch.no_grad()
@@ -183,10 +184,16 @@ def _on_local_parameters(block_class: type) -> Any:
 
 
 @contextmanager
-def _local_parameters(module: Any) -> Iterator[None]:
-    """Within it, parameters are tensors of this rank, through which gradients flow back."""
+def _local_parameters(module: Any, of_mix: bool | None = None) -> Iterator[None]:
+    """Within it, parameters are tensors of this rank, through which gradients flow back: all, or
+    those between in_proj and out_proj, or the others."""
     group, ranks, rank = module._tensor_parallel
-    owners = [owner for owner in module.modules() if owner._parameters]
+    around = (module.in_proj, module.out_proj)
+    owners = [
+        owner
+        for owner in module.modules()
+        if owner._parameters and (of_mix is None or (owner not in around) == of_mix)
+    ]
     held = [dict(owner._parameters) for owner in owners]
     try:
         for owner in owners:
