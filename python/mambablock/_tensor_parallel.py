@@ -165,7 +165,7 @@ class _OnLocalParameters:
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         group = self._tensor_parallel[0]
         hidden_states = _reduced(hidden_states, group, forward=False, backward=True)
-        with _local_parameters(self, of_mix=False if hasattr(self, "_mix") else None):
+        with _local_parameters(self, of_mix=False if hasattr(super(), "_mix") else None):
             return super().forward(hidden_states, *arguments, **options)  # type: ignore[misc]
 
     def _mix(self, *arguments: Any) -> Any:
