@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,13 +152,11 @@ def check_transformers(rank: int) -> None:
         assert torch.equal(generated, model.generate(tokens, max_new_tokens=3, do_sample=False))
 
 
-def check_all(rank: int) -> None:
+def check_alone(rank: int) -> None:
     check_block(rank)
     check_transformers(rank)
-    if dist.get_world_size() == 4:
-        check_mesh(rank)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_tensor_parallel(ranks: int, tmp_path: Path) -> None:
-    run_on_ranks(ranks, check_all, tmp_path)
+@pytest.mark.parametrize(("ranks", "body"), [(2, check_alone), (4, check_mesh)])
+def test_tensor_parallel(ranks: int, body: Callable[[int], None], tmp_path: Path) -> None:
+    run_on_ranks(ranks, body, tmp_path)
