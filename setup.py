@@ -4,6 +4,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -11,8 +12,11 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+# Where set, the wheel is for every Linux, torch and Python of it; see tools/wheel/stubs.py.
+WHEEL_PLATFORM = os.environ.get("MAMBABLOCK_WHEEL_PLATFORM")
 SOURCE = Path(__file__).parent.resolve()
 
 
@@ -49,12 +53,18 @@ class CMakeBuild(build_ext):
     """Builds all libraries into the folder that setuptools has chosen for the extension module."""
 
     def run(self) -> None:
+        if sys.platform != "linux":
+            raise SystemExit(f"mambablock: expected Linux; got {sys.platform}")
+        if WHEEL_PLATFORM not in (None, "x86_64", "aarch64"):
+            raise SystemExit(f"mambablock: expected x86_64 or aarch64; got {WHEEL_PLATFORM}")
         torch = find_torch()
         pybind11 = package_folder("pybind11")
         cmake = find_program("cmake")
         if cmake is None:
             raise SystemExit("mambablock: found no cmake; `pip install cmake` provides it")
-        compilers = shlex.split(os.environ.get("CXX", ""))[:1] or ["c++", "g++", "clang++"]
+        cross = WHEEL_PLATFORM not in (None, platform.machine())
+        chosen = os.environ.get("CXX", f"{WHEEL_PLATFORM}-linux-gnu-g++" if cross else "")
+        compilers = shlex.split(chosen)[:1] or ["c++", "g++", "clang++"]
         if not any(shutil.which(compiler) for compiler in compilers):
             raise SystemExit(
                 f"mambablock: found no C++ compiler ({', '.join(compilers)}); install g++ 11 or "
@@ -63,7 +73,9 @@ class CMakeBuild(build_ext):
 
         ninja = find_program("ninja")
         generator = "Unix Makefiles" if ninja is None else "Ninja"
-        build = f"{SOURCE}/build/{sys.implementation.cache_tag}-{generator.split()[-1].lower()}"
+        # CMake keeps a folder's first compiler.
+        kind = [sys.implementation.cache_tag, generator.split()[-1].lower(), Path(chosen).name]
+        build = f"{SOURCE}/build/{'-'.join(part for part in kind if part)}"
         output = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
         run(
             *(cmake, "-S", str(SOURCE), "-B", build, "-G", generator),
@@ -73,6 +85,9 @@ class CMakeBuild(build_ext):
             # torch ships pybind11's headers too.
             f"-DPYBIND11_INCLUDE={pybind11 or torch}/include",
             f"-DMAMBABLOCK_CUDA={os.environ.get('MAMBABLOCK_CUDA', 'AUTO')}",
+            f"-DMAMBABLOCK_PORTABLE={'OFF' if WHEEL_PLATFORM is None else 'ON'}",
+            *([f"-DCMAKE_CXX_COMPILER={chosen}", "-DCMAKE_SYSTEM_NAME=Linux"] if cross else []),
+            *([f"-DCMAKE_SYSTEM_PROCESSOR={WHEEL_PLATFORM}"] if cross else []),
         )
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         run(cmake, "--build", build, "--parallel", jobs)
@@ -82,4 +97,13 @@ class CMakeBuild(build_ext):
         run(cmake, "--install", build, "--prefix", str(output))
 
 
-setup(ext_modules=[Extension("mambablock._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class PortableWheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", f"manylinux_2_28_{WHEEL_PLATFORM}"
+
+
+setup(
+    ext_modules=[Extension("mambablock._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild}
+    | ({} if WHEEL_PLATFORM is None else {"bdist_wheel": PortableWheel}),
+)

@@ -25,8 +25,10 @@ from .device import NotReadyError, require_device
 from .distributed import measure_distributed
 from .implementations import CAUSAL_CONV1D, MAMBA_SSM, MAMBAPY, TRANSFORMERS, importable
 from .layout import measure_layout
+from .linear import measure_linear
 from .measure import in_fresh_process
 from .memory import measure_memory
+from .model import measure_model
 from .rate import measure_rate
 from .results import Results, figures_table, machine, targets_table
 from .scan import measure_scan
@@ -45,6 +47,8 @@ class Section(str, Enum):
     layout = "layout"
     block = "block"
     decode = "decode"
+    linear = "linear"
+    model = "model"
     memory = "memory"
     distributed = "distributed"
 
@@ -71,6 +75,8 @@ suites = {
             Section.layout: measure_layout,
             Section.block: measure_block,
             Section.decode: measure_decode,
+            Section.linear: measure_linear,
+            Section.model: measure_model,
             Section.memory: measure_memory,
             Section.distributed: measure_distributed,
         },

@@ -21,7 +21,7 @@ from mambablock import build_info
 from .measure import Key, Timings
 from .settings import Sampling, Settings
 
-_sizes = ("batch", "length", "channels", "d_state", "dtype")
+_sizes = ("batch", "length", "channels", "d_state", "weight", "dtype", "rows")
 _columns = ("pass", *_sizes, "threads", "simd", "allocator")
 
 

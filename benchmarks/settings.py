@@ -11,6 +11,19 @@ D_MODEL, D_INNER, D_STATE, D_CONV = 768, 1536, 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    layers: int
+    d_model: int
+    vocabulary: int
+    prompt: int
+    tokens: int
+    """Decoded after a prompt."""
+    batches: tuple[int, ...]
+    llama: bool
+    """Whether llama.cpp is measured too, which is built first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
     sizes: ClassVar[dict[str, Any]]
     device: str
@@ -42,6 +55,12 @@ class Settings(Sampling):
     """The same, below `length`, for those whose backward is quadratic in the length."""
     d_states: tuple[int, ...]
     memory_length: int
+    weights: tuple[tuple[int, int], ...]
+    """(out_features, in_features) of the products of few rows."""
+    rows: tuple[int, ...]
+    weight_bytes: int
+    """More than the caches hold: the weights of one shape together."""
+    model: ModelSizes
     threads: tuple[int, ...]
     """The targets are for the last."""
     distributed_length: int
@@ -79,6 +98,18 @@ FULL = Settings(
     quadratic_length=256,
     d_states=(1, 4, 16, 64, 128),
     memory_length=16384,
+    weights=((3072, 768), (768, 1536), (50280, 768)),
+    rows=(1, 2, 4, 8, 16),
+    weight_bytes=1 << 27,
+    model=ModelSizes(
+        layers=24,
+        d_model=D_MODEL,
+        vocabulary=50280,
+        prompt=512,
+        tokens=64,
+        batches=(1, 2, 4, 8),
+        llama=True,
+    ),
     threads=(1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,),
     distributed_length=65536,
     distributed_rounds=3,
@@ -90,6 +121,12 @@ QUICK = Settings(
     quadratic_length=64,
     d_states=(4, 16),
     memory_length=1024,
+    weights=((48, 32),),
+    rows=(1, 4),
+    weight_bytes=1 << 12,
+    model=ModelSizes(
+        layers=2, d_model=32, vocabulary=64, prompt=8, tokens=2, batches=(1, 4), llama=False
+    ),
     threads=(1,),
     distributed_length=256,
     distributed_rounds=1,

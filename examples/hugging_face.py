@@ -3,38 +3,60 @@
 patched, side by side."""
 
 import time
+from itertools import pairwise
+from statistics import median
 from typing import Annotated
 
 import torch
 import transformers
 import typer
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from mambablock.integrations.transformers import patched
+
+RUNS = 3
+
+
+class Clock(BaseStreamer):
+    """The times at which generate has the prompt and then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 def generate(
     model: transformers.PreTrainedModel, prompt: Tensor, count: int
-) -> tuple[Tensor, float]:
-    """Greedy tokens (batch, length + count) and the seconds that they took."""
-    begin = time.perf_counter()
+) -> tuple[Tensor, list[float]]:
+    """Greedy tokens (batch, length + count), and the seconds that each of them took."""
+    clock = Clock()
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=count,
         min_new_tokens=count,
         do_sample=False,
+        streamer=clock,
     )
-    return tokens, time.perf_counter() - begin
+    return tokens, [after - before for before, after in pairwise(clock.times)]
 
 
 def measure(model: transformers.PreTrainedModel, prompt: Tensor, count: int) -> tuple[Tensor, str]:
-    """Greedy tokens, and a line of the table."""
+    """Greedy tokens, and a line of the table: medians over the runs, and over all their tokens."""
     generate(model, prompt[:, :2], 2)
-    _, first = generate(model, prompt, 1)
-    tokens, total = generate(model, prompt, count)
-    speed = prompt.shape[0] * (count - 1) / (total - first)
-    return tokens, f"{1000 * first:15,.0f} ms {speed:14,.1f} tokens/s"
+    first, later = [], []
+    for _ in range(RUNS):
+        tokens, seconds = generate(model, prompt, count)
+        first.append(seconds[0])
+        later += seconds[1:]
+    speed = prompt.shape[0] / median(later)
+    return tokens, f"{1000 * median(first):15,.0f} ms {speed:14,.1f} tokens/s"
 
 
 def main(

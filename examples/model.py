@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Mamba language model (Gu & Dao 2023, arXiv:2312.00752, section 4.2)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambablock import MambaBlock, MambaState
+from mambablock import MambaBlock, MambaState, linear
 
 
 class MambaLM(nn.Module):
@@ -27,11 +26,11 @@ class MambaLM(nn.Module):
             y, state = block(norm(x), states and states[i], return_state=True)
             x = x + y
             after.append(state)
-        return F.linear(self.final_norm(x), self.embedding.weight), after
+        return linear(self.final_norm(x), self.embedding.weight), after
 
     def step(self, token: Tensor, states: list[MambaState]) -> Tensor:
         """Token (batch,) int64 to logits (batch, vocab_size); the states advance in place."""
         x = self.embedding(token)
         for norm, block, state in zip(self.norms, self.blocks, states, strict=True):
             x = x + block.step(norm(x), state)  # type: ignore[operator]
-        return F.linear(self.final_norm(x), self.embedding.weight)
+        return linear(self.final_norm(x), self.embedding.weight)

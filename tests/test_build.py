@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(mambablock.__file__).parent
 LIBRARIES = sorted(PACKAGE.glob("*.so"))
 LEVELS = ["baseline", "avx2", "avx512"]
+(VERSION,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
 # Those of the latest build in this source tree, if there was one.
 LEVEL_OBJECTS = sorted(ROOT.glob("build/cpython-*/CMakeFiles/*_avx*.dir/**/*.o"))
@@ -33,7 +35,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 def test_build_info() -> None:
     info = mambablock.build_info()
-    assert info["version"] == "0.1.0"
+    assert info["version"] == VERSION
     assert re.fullmatch(r"\w+ [\d.]+", info["compiler"])
     assert info["cxx_standard"] >= 20
     assert info["torch_stable_abi"] == "2.10"
@@ -125,18 +127,35 @@ print(mambablock.__file__)
 
 def test_wheel_works_outside_of_the_source_tree(tmp_path: Path) -> None:
     wheel = build_wheel(ROOT, tmp_path)
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"mambablock/py.typed", "mambablock/_C.pyi"} <= set(names)
-    assert {f"mambablock/{library.name}" for library in LIBRARIES} <= set(names)
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"mambablock/py.typed", f"mambablock-{VERSION}.dist-info/licenses/LICENSE"} <= names
+    assert {f"mambablock/{library.name}" for library in LIBRARIES} <= names
+    assert {name.split("/")[0] for name in names} == {
+        "mambablock",
+        f"mambablock-{VERSION}.dist-info",
+    }
     site = tmp_path / "site"
     pip("install", "--no-deps", "--target", site, wheel)
     used = run(sys.executable, "-c", USE_INSTALLED, PYTHONPATH=str(site))
     assert Path(used.strip()) == site / "mambablock" / "__init__.py"
 
 
+def source_distribution(folder: Path) -> Path:
+    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (archive,) = folder.glob("mambablock-*.tar.gz")
+    return archive
+
+
+def test_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
+    with tarfile.open(source_distribution(tmp_path)) as archive:
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "CMakeLists.txt", "python/mambablock/py.typed"} <= files
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert sources <= files
+    assert [name for name in files if name.startswith("tests") or name.endswith(".so")] == []
+
+
 @pytest.mark.slow
 def test_wheel_builds_from_the_source_distribution(tmp_path: Path) -> None:
-    command = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    (archive,) = tmp_path.glob("mambablock-*.tar.gz")
-    assert build_wheel(archive, tmp_path).exists()
+    assert build_wheel(source_distribution(tmp_path), tmp_path).exists()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compare import assert_float64_equal
@@ -36,6 +37,16 @@ from mambablock.compat.mamba_ssm import (
     selective_scan_fn,
     selective_state_update,
 )
+from mambablock.compat.mamba_ssm.ops.selective_scan_interface import (
+    bimamba_inner_fn,
+    bimamba_inner_ref,
+    mamba_inner_fn_no_out_proj,
+    mamba_inner_ref,
+    selective_scan_ref,
+)
+from mambablock.compat.mamba_ssm.ops.triton.selective_state_update import (
+    selective_state_update_ref,
+)
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -50,7 +61,9 @@ SIGNATURES = {
     "dt_softplus=False, state_batch_indices=None",
     Mamba: "d_model, d_state=16, d_conv=4, expand=2, dt_rank='auto', dt_min=0.001, dt_max=0.1, "
     "dt_init='random', dt_scale=1.0, dt_init_floor=0.0001, conv_bias=True, bias=False, "
-    "use_fast_path=True, layer_idx=None, device=None, dtype=None",
+    "use_fast_path=True, layer_idx=None, device=None, dtype=None, "
+    # Vision Mamba's and those of its like.
+    "bimamba_type='none', if_divide_out=False, init_layer_scale=None, bimamba=None, nslices=5",
     Mamba.forward: "self, hidden_states, inference_params=None",
     Mamba.step: "self, hidden_states, conv_state, ssm_state",
 }
@@ -107,17 +120,66 @@ def test_scan_in_low_precision(B: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(last_state.double(), h, rtol=1e-5, atol=1e-5)
 
 
-def test_complex_A() -> None:
-    tensors = scan_inputs() | {"A": torch.zeros(DIM, STATES, dtype=torch.complex64)}
-    with pytest.raises(NotImplementedError, match=r"^selective_scan_fn: A must be real; got torch"):
-        selective_scan_fn(**tensors)
-    block = Mamba(8, d_state=STATES)
-    with pytest.raises(NotImplementedError, match=r"^mamba_inner_fn: A must be real"):
-        mamba_inner_fn(**inner_arguments(block) | {"A": block.A_log.to(torch.complex64)})
+def complex_inputs(pairs: bool) -> dict[str, Tensor]:
+    """With B and C complex, or as real and imaginary parts in turn."""
+    states = torch.view_as_complex(random(BATCH, 2, STATES, LENGTH, 2).contiguous())
+    B, C = states.unbind(1)
+    A = torch.complex(-torch.rand(DIM, STATES).double(), random(DIM, STATES))
+    if pairs:
+        B, C = (torch.view_as_real(t).flatten(-2) for t in (B, C))
+    return scan_inputs() | {"A": A, "B": B, "C": C}
+
+
+@pytest.mark.parametrize("scan", [selective_scan_fn, selective_scan_ref])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_complex_A_is_conjugate_pairs_of_states(pairs: bool, scan: Any) -> None:
+    tensors = complex_inputs(pairs)
+    y, last_state = scan(**tensors, delta_softplus=True, return_last_state=True)
+    B, C = tensors["B"], tensors["C"]
+    if pairs:
+        B, C = (torch.view_as_complex(t.unflatten(-1, (LENGTH, 2))) for t in (B, C))
+    A = torch.cat([tensors["A"], tensors["A"].conj()], dim=1)
+    B, C = (torch.cat([t, t.conj()], dim=1) for t in (B, C))
+    wide = {"A": A, "B": B, "C": C}
+    expected, h = scan_definition(**tensors | wide, delta_softplus=True)
+    assert_same(y, expected.real)
+    assert_same(last_state, h[..., :STATES])
+
+
+def test_complex_A_has_gradients() -> None:
+    tensors = {name: t.requires_grad_() for name, t in complex_inputs(pairs=True).items()}
+    names = list(tensors)
+    assert torch.autograd.gradcheck(
+        lambda *t: selective_scan_fn(**dict(zip(names, t, strict=True)), delta_softplus=True),
+        list(tensors.values()),
+    )
+
+
+def test_complex_A_in_the_block() -> None:
+    block = make_mamba()
+    A = torch.complex(-block.A_log.exp(), random(16, STATES)).detach()
+    tensors = inner_arguments(block) | {"A": A, "x_proj_weight": random(1 + 4 * STATES, 16)}
+    x, z = tensors["xz"].chunk(2, dim=1)
+    x = F.silu(F.conv1d(F.pad(x, (3, 0)), block.conv1d.weight, block.conv1d.bias, groups=16))
+    dt, *pairs = (tensors["x_proj_weight"] @ x).split([1, 2 * STATES, 2 * STATES], dim=1)
+    pairs = [t.unflatten(1, (STATES, 2)).movedim(2, -1).contiguous() for t in pairs]
+    B, C = map(torch.view_as_complex, pairs)
+    y = selective_scan_fn(
+        *(x, block.dt_proj.weight @ dt, A, B, C, block.D, z, block.dt_proj.bias, True)
+    )
+    expected = F.linear(y.transpose(1, 2), block.out_proj.weight, block.out_proj.bias)
+    assert_same(mamba_inner_fn(**tensors), expected)
+    assert_same(mamba_inner_ref(**tensors), expected)
+
+
+def test_complex_A_where_it_is_refused() -> None:
+    A = torch.zeros(DIM, STATES, dtype=torch.complex64)
     with pytest.raises(NotImplementedError, match=r"^selective_state_update: A must be real"):
-        selective_state_update(
-            *[torch.zeros(1, 1)] * 3, block.A_log.to(torch.complex64), *[None] * 2
-        )
+        selective_state_update(*[torch.zeros(1, 1)] * 3, A, *[None] * 2)
+    with pytest.raises(
+        ValueError, match=r"^selective_scan_fn: B must be .*2 \* seqlen=14.*\(2, 3, 7"
+    ):
+        selective_scan_fn(**scan_inputs() | {"A": A})
 
 
 def test_scan_and_update_compile() -> None:
@@ -275,3 +337,71 @@ def test_softplus_in_decode_is_that_of_prefill() -> None:
     assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
     assert_close(torch.stack(steps, dim=-1), y)
     assert_close(state, last_state)
+
+
+# Definitions, and Vision Mamba's functions
+
+
+def test_references() -> None:
+    tensors = scan_inputs("groups", "constant")
+    for options in ({}, {"delta_softplus": True, "return_last_state": True}):
+        assert_same(
+            selective_scan_ref(**tensors, **options), selective_scan_fn(**tensors, **options)
+        )
+    inner = inner_arguments(make_mamba())
+    assert_same(mamba_inner_ref(**inner), mamba_inner_fn(**inner))
+    for heads in (False, True):
+        mine = update_inputs(heads)
+        theirs = mine | {"state": mine["state"].clone()}
+        assert_same(selective_state_update_ref(**mine), selective_state_update(**theirs))
+        assert_same(mine["state"], theirs["state"])
+
+
+@pytest.mark.parametrize("absent", [(), ("D", "conv1d_bias")])
+def test_inner_without_its_projection(absent: tuple[str, ...]) -> None:
+    tensors = inner_arguments(make_mamba()) | dict.fromkeys(absent)
+    y = mamba_inner_fn_no_out_proj(
+        **{k: t for k, t in tensors.items() if not k.startswith("out_proj")}
+    )
+    assert y.shape == (BATCH, 16, LENGTH)
+    projected = F.linear(y.transpose(1, 2), tensors["out_proj_weight"], tensors["out_proj_bias"])
+    assert_same(projected, mamba_inner_fn(**tensors))
+
+
+def bimamba_definition(**t: Any) -> tuple[Tensor]:
+    """With flips, and scan_definition."""
+    x, z = t["xz"].chunk(2, dim=1)
+    x = F.silu(F.conv1d(F.pad(x, (3, 0)), t["conv1d_weight"], t["conv1d_bias"], groups=16))
+    rank = t["delta_proj_weight"].shape[1]
+    dt, B, C = (t["x_proj_weight"] @ x).split([rank, STATES, STATES], dim=1)
+    inputs = (x, t["delta_proj_weight"] @ dt)
+    rest = (t["D"], z, t["delta_bias"], True)
+    y, _ = scan_definition(*inputs, t["A"], B, C, *rest)
+    flipped = (f.flip(-1) for f in (*inputs, B, C))
+    u, delta, B, C = flipped
+    y_b, _ = scan_definition(u, delta, t["A_b"], B, C, t["D"], z.flip(-1), t["delta_bias"], True)
+    y = (y + y_b.flip(-1)).transpose(1, 2)
+    return (F.linear(y, t["out_proj_weight"], t["out_proj_bias"]),)
+
+
+def test_bimamba_is_the_definition() -> None:
+    tensors = inner_arguments(make_mamba())
+    tensors["A_b"] = -torch.rand(16, STATES).double()
+    for function in (bimamba_inner_fn, bimamba_inner_ref):
+        assert_float64_equal(
+            gradients(lambda f=function, **t: (f(**t),), tensors),
+            gradients(bimamba_definition, tensors),
+        )
+
+
+def test_errors_of_vision_mambas_functions() -> None:
+    tensors = inner_arguments(make_mamba())
+    tensors["A_b"] = random(3, STATES)
+    with pytest.raises(
+        ValueError, match=r"^bimamba_inner_fn: A_b must be \(dim=16, dstate=3\); got"
+    ):
+        bimamba_inner_fn(**tensors)
+    del tensors["A_b"], tensors["out_proj_weight"], tensors["out_proj_bias"]
+    message = r"^mamba_inner_fn_no_out_proj: x_proj_weight must be of 7 rows"
+    with pytest.raises(ValueError, match=message):
+        mamba_inner_fn_no_out_proj(**tensors | {"x_proj_weight": random(8, 16)})

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import importlib
 import inspect
 import pickle
+import re
 import runpy
 import sys
 from functools import partial
@@ -20,7 +22,13 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from mambablock.integrations.transformers import patch, patched, unpatch  # noqa: E402
+from mambablock.integrations.transformers import (  # noqa: E402
+    _patched_classes,
+    patch,
+    patched,
+    unpatch,
+)
+from operators import Calls  # noqa: E402
 
 # float32 sums of some hundred terms in another order.
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
@@ -41,11 +49,22 @@ JAMBA = SIZES | {
     "num_experts": 2,
     "num_experts_per_tok": 1,
 }
+ZAMBA = SIZES | {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["mamba", "hybrid", "mamba"],
+    "mamba_d_state": 6,
+    "mamba_dt_rank": 3,
+    "n_mamba_heads": 2,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 CONFIGS: dict[str, Any] = {
     "mamba": partial(transformers.MambaConfig, **MAMBA),
     "mamba with biases": partial(transformers.MambaConfig, **MAMBA, use_bias=True, conv_kernel=3),
     "falcon_mamba": partial(transformers.FalconMambaConfig, **MAMBA),
     "jamba": partial(transformers.JambaConfig, **JAMBA),
+    "zamba": partial(transformers.ZambaConfig, **ZAMBA),
 }
 
 
@@ -153,6 +172,52 @@ def test_caches_are_the_same(model: Any) -> None:
         assert_close(mine.recurrent_states, theirs.recurrent_states)
 
 
+def one_token(model: Any, ids: Tensor) -> Calls:
+    """The operators of a step of decoding."""
+    name = cache_name(model)
+    with torch.no_grad():
+        cache = model(ids[:, :-1], use_cache=True)[name]
+        with Calls() as calls:
+            model(ids[:, -1:], **{name: cache}, use_cache=True)
+    return calls
+
+
+def test_decoding_is_one_operator_a_mixer_and_one_for_the_head(model: Any) -> None:
+    calls = one_token(patch(model), tokens())
+    heads = hasattr(mixers(model)[0], "n_mamba_heads")  # which the operator does not have
+    assert len(calls.of("mambablock::mamba_step")) == (0 if heads else len(mixers(model)))
+    assert len(calls.of("mambablock::linear")) == 1
+
+
+def test_decoding_calls_what_is_not_plain() -> None:
+    model = patch(make_model("jamba"))
+    first, second = mixers(model)
+    first.x_proj.register_forward_hook(lambda *_: None)
+    second.b_layernorm.register_forward_hook(lambda *_: None)
+    model.lm_head.register_forward_hook(lambda *_: None)
+    calls = one_token(model, tokens())
+    assert not calls.of("mambablock::mamba_step")
+    assert len(calls.of("mambablock::selective_state_update")) == 2
+    assert len(calls.of("mambablock::linear")) == 1  # a head's hook is called around it
+
+
+@torch.no_grad()
+def test_a_cache_that_records_its_past_can_be_cropped() -> None:
+    model, ids = patch(make_model("mamba")), tokens()
+    name = cache_name(model)
+    cache = model(ids[:, :5], use_cache=True)[name]
+    if not hasattr(cache.layers[0], "activate_past_recording"):
+        pytest.skip("this transformers has no such cache")
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    for t in range(5, 8):
+        model(ids[:, t : t + 1], **{name: cache}, use_cache=True)
+    kept, width = cache.layers[0].conv_states[0], mixers(model)[0].conv_kernel_size
+    assert kept.shape[-1] == width + 3
+    expected = model(ids[:, :8], use_cache=True)[name].layers[0].conv_states[0]
+    assert_close(kept[..., -width:], expected)
+
+
 @pytest.mark.parametrize("pieces", [[4, 7], [1, 2, 8], [9, 1, 1]])
 def test_pieces_continue_the_cache(model: Any, pieces: list[int]) -> None:
     ids, name = tokens(), cache_name(model)
@@ -245,6 +310,21 @@ def test_other_activation() -> None:
     model = make_model("mamba", hidden_act="gelu")
     expected = model(ids := tokens()).logits
     assert_close(patch(model)(ids).logits, expected)
+
+
+def test_every_mamba_1_mixer_is_known() -> None:
+    """Of the installed transformers, by its sources: what projects to dt, B and C by x_proj."""
+    found = set()
+    models = Path(transformers.__file__).parent / "models"
+    for path in models.glob("*/modeling_*.py"):
+        source = path.read_text()
+        if "A_log" not in source or "x_proj" not in source:
+            continue
+        for node in ast.parse(source).body:
+            own = ast.get_source_segment(source, node) if isinstance(node, ast.ClassDef) else ""
+            if re.search(r"self\.x_proj\w* =", own) and "self.A_log =" in own:
+                found.add(node.name)
+    assert found == {mixer.__name__ for mixer in _patched_classes}
 
 
 # Patching

@@ -19,7 +19,7 @@ def lower_levels() -> list[str]:
     return built[: built.index(info["simd_level"])]
 
 
-NAMES = ("causal_conv1d", "selective_scan", "updates", "operator_contract")
+NAMES = ("causal_conv1d", "selective_scan", "updates", "linear", "mamba_step", "operator_contract")
 
 
 @pytest.mark.parametrize("level", lower_levels())

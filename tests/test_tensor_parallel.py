@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -48,7 +49,7 @@ def same_on_all_ranks(tensor: Tensor) -> bool:
     return all(torch.equal(others[0], other) for other in others)
 
 
-def check_block(rank: int) -> None:
+def check_block(rank: int, folder: Path) -> None:
     ranks = dist.get_world_size()
     mesh = init_device_mesh("cpu", (ranks,))
     for options in ({"bias": True}, {"recompute": True, "conv_bias": False}):
@@ -70,6 +71,7 @@ def check_block(rank: int) -> None:
         local_states = [s.detach().clone() for s in local_states]
         assert_same(block.step(step, local_states), whole.step(step, [s.detach() for s in states]))
         check_checkpoint(block, whole)
+        check_sharded_checkpoint(block, whole, folder)
     with pytest.raises(ValueError, match=r"TensorParallel: d_inner must be a multiple of .*got 13"):
         parallelize_module(make_block(d_inner=13), mesh, TensorParallel())
     with pytest.raises(TypeError, match=r"TensorParallel: module must be .*; got Linear without"):
@@ -87,10 +89,28 @@ def check_checkpoint(block: nn.Module, whole: nn.Module) -> None:
     broadcast = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     with pytest.raises(RuntimeError, match="without broadcast_from_rank0"):
         set_model_state_dict(block, dict(changed), options=broadcast)
-    set_model_state_dict(block, dict(saved), options=FULL)
+    set_model_state_dict(block, whole.state_dict(), options=FULL)
 
 
-def check_mesh(rank: int) -> None:
+def check_sharded_checkpoint(block: nn.Module, whole: nn.Module, folder: Path) -> None:
+    """What torch.distributed.checkpoint saves of shards is whole, and it loads into shards."""
+    dcp.save(get_model_state_dict(block), checkpoint_id=folder)
+    saved = {name: torch.zeros_like(value) for name, value in whole.state_dict().items()}
+    dcp.load(saved, checkpoint_id=folder, no_dist=True)
+    for name, value in whole.state_dict().items():
+        assert_same(saved[name], value, msg=lambda m, n=name: f"{n}: {m}")
+    dist.barrier()
+    changed = {name: value + 1 for name, value in saved.items()}
+    dcp.save(changed, checkpoint_id=folder)
+    shards = get_model_state_dict(block)
+    dcp.load(shards, checkpoint_id=folder)
+    set_model_state_dict(block, shards)
+    for name, value in get_model_state_dict(block, options=FULL).items():
+        assert_same(value, changed[name], msg=lambda m, n=name: f"{n}: {m}")
+    set_model_state_dict(block, whole.state_dict(), options=FULL)
+
+
+def check_mesh(rank: int, folder: Path) -> None:
     """ContextParallel over one dimension, with FSDP, and TensorParallel over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
     options = [{"bias": True}, {"recompute": True}]
@@ -118,6 +138,7 @@ def check_mesh(rank: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
     check_checkpoint(model, whole)
+    check_sharded_checkpoint(model, whole, folder)
     other = parallelize_module(make_block(d_inner=12), mesh["tp"], TensorParallel())
     fully_shard(other, mesh=mesh["cp"])
     with pytest.raises(RuntimeError, match="must be divided by fully_shard"):
@@ -152,11 +173,11 @@ def check_transformers(rank: int) -> None:
         assert torch.equal(generated, model.generate(tokens, max_new_tokens=3, do_sample=False))
 
 
-def check_alone(rank: int) -> None:
-    check_block(rank)
+def check_alone(rank: int, folder: Path) -> None:
+    check_block(rank, folder)
     check_transformers(rank)
 
 
 @pytest.mark.parametrize(("ranks", "body"), [(2, check_alone), (4, check_mesh)])
-def test_tensor_parallel(ranks: int, body: Callable[[int], None], tmp_path: Path) -> None:
-    run_on_ranks(ranks, body, tmp_path)
+def test_tensor_parallel(ranks: int, body: Callable[[int, Path], None], tmp_path: Path) -> None:
+    run_on_ranks(ranks, partial(body, folder=tmp_path / "checkpoint"), tmp_path)

@@ -20,7 +20,7 @@ std::array<Tensor, 1> causal_conv1d_update(const Arguments& a) {
   const Checks checks("causal_conv1d_update", "x", a.x, 2, "(batch, d_inner)");
   const Size width = check_conv(checks, a), channels = checks.channels();
   const DType state_dtype =
-      checks.state(a.state, "(rows, d_conv - 1, d_inner)", {"d_conv - 1", width.value - 1},
+      checks.state("state", a.state, "(rows, d_conv - 1, d_inner)", {"d_conv - 1", width.value - 1},
                    channels, a.state_indices);
   const Tensor y = torch::stable::new_empty(a.x, {checks.batch().value, channels.value});
   const OptionalTensor weight = contiguous_as(a.weight, checks.accumulator_type()),

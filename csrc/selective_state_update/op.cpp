@@ -20,7 +20,7 @@ std::array<Tensor, 1> selective_state_update(const Arguments& a) {
   const Checks checks("selective_state_update", "u", a.u, 2, "(batch, d_inner)");
   const ScanSizes sizes = check_scan(checks, a, {checks.batch()});
   const Size channels = checks.channels();
-  const DType state_dtype = checks.state(a.state, "(rows, d_inner, d_state)", channels,
+  const DType state_dtype = checks.state("state", a.state, "(rows, d_inner, d_state)", channels,
                                          {"d_state", sizes.d_state}, a.state_indices);
   const Tensor y = torch::stable::new_empty(a.u, {checks.batch().value, channels.value});
   const ScalarType type = checks.accumulator_type();

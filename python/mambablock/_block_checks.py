@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._context_parallel import ContextParallel
-from ._layers import _is_plain_linear
+from ._layers import is_plain_linear
 from ._library import accumulator_dtype
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def check_hidden_states(
 
 def _check_input_of(layer: nn.Module, owner: str, argument: str, tensor: Tensor) -> None:
     """Type and device, as far as they can be told: an adapter or a quantised layer may convert."""
-    if not _is_plain_linear(layer) or type(layer.weight) is not nn.Parameter:
+    if not is_plain_linear(layer) or type(layer.weight) is not nn.Parameter:
         check.floating(owner, argument, tensor)
         return
     check.device(owner, argument, tensor, "the parameters", layer.weight)

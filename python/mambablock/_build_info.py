@@ -7,7 +7,7 @@ import ctypes
 import json
 from typing import TypedDict, cast
 
-from ._library import FOLDER
+from ._library import FOLDER, LIBRARY
 
 
 class CudaInfo(TypedDict):
@@ -37,7 +37,7 @@ def build_info() -> BuildInfo:
     Raises:
         RuntimeError: MAMBABLOCK_SIMD names no level that this processor has.
     """
-    function = ctypes.CDLL(str(FOLDER / "libmambablock.so")).mambablock_build_info
+    function = ctypes.CDLL(str(FOLDER / LIBRARY)).mambablock_build_info
     function.restype = ctypes.c_char_p
     info = json.loads(function().decode())
     if "error" in info:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,13 @@ def in_scan_dtype(parameter: Tensor) -> Tensor:
 
 def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
     """delta, and dt_proj's bias if the scan is still to add it."""
-    if _is_plain_linear(dt_proj) and (bias := dt_proj.bias) is not None:
+    if is_plain_linear(dt_proj) and (bias := dt_proj.bias) is not None:
         # The scan adds the bias in float32, where a bfloat16 sum would lose most of it.
         return F.linear(dt, dt_proj.weight), in_scan_dtype(bias)
     return dt_proj(dt), None
 
 
-def recomputed_but_scan(function: Callable[..., Result], *args: Tensor | None) -> Result:
+def recomputed_but_scan(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), recomputed in the backward but for the scan and what ranks exchange; only
     args are saved."""
     ops, collectives = torch.ops.mambablock, torch.ops._c10d_functional
@@ -52,11 +52,15 @@ def recomputed_but_scan(function: Callable[..., Result], *args: Tensor | None) -
     return result
 
 
-def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer is only F.linear: no subclass, hook or replaced forward."""
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is only F.linear."""
+    return type(layer) is nn.Linear and is_plain(layer)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling the layer is only its class's forward: no hook or replaced forward."""
     return (
-        type(layer) is nn.Linear
-        and "forward" not in layer.__dict__
+        "forward" not in layer.__dict__
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and not layer._backward_hooks

@@ -7,6 +7,8 @@ An operator's arguments are listed in its schema; everything here takes their na
 from __future__ import annotations
 
 import inspect
+import platform
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,19 +18,47 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
+LIBRARY = "libmambablock.so"
 
-for _name, _wanted in (
-    ("libmambablock.so", True),
-    ("libmambablock_cuda.so", torch.version.cuda is not None),
-):
-    if _wanted and (FOLDER / _name).exists():
-        torch.ops.load_library(str(FOLDER / _name))
 
-if not hasattr(torch.ops.mambablock, "selective_scan"):
-    raise ImportError(
-        "mambablock: libmambablock.so is not beside the package; build it with "
-        "`pip install --no-build-isolation .` and import from outside of the source tree"
-    )
+def _load(name: str) -> None:
+    """Loads a library from beside the package; ImportError says why it cannot be."""
+    path = FOLDER / name
+    if not path.exists():
+        raise ImportError(
+            f"mambablock: {name} is not beside the package; build it with "
+            "`pip install --no-build-isolation .` and import from outside of the source tree"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        system = ", ".join((sys.platform, platform.machine(), *platform.libc_ver()))
+        raise ImportError(
+            f"mambablock: {path} must be for this machine ({system}) and torch "
+            f"{torch.__version__}; got {error.__cause__ or error}"
+        ) from error
+
+
+def _load_all() -> None:
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        raise ImportError(
+            f"mambablock: expected torch 2.10 or newer; got torch {torch.__version__}"
+        )
+    # A second copy would register the same operators, and crash.
+    if hasattr(torch.ops.mambablock, "selective_scan"):
+        loaded = {p.parent for p in map(Path, torch.ops.loaded_libraries) if p.name == LIBRARY}
+        if loaded != {FOLDER.resolve()}:
+            copies = ", ".join(map(str, sorted(loaded))) or "an unknown folder"
+            raise ImportError(
+                f"mambablock: a process must have one copy of it; got {copies} and {FOLDER}"
+            )
+    _load(LIBRARY)
+    # Without it a source build has only the CPU's operators.
+    if torch.version.cuda is not None and (FOLDER / "libmambablock_cuda.so").exists():
+        _load("libmambablock_cuda.so")
+
+
+_load_all()
 
 # Steps of time for each saved state: kScanTimeTile in csrc/selective_scan/cpu/kernels.h and
 # kCudaTile in cuda/kernels.h.
@@ -63,9 +93,10 @@ def _tensor_arguments(op: str) -> list[tuple[int, str, bool]]:
     ]
 
 
-def prepared(op: str, activations: Sequence[str]) -> Callable[..., list[Any]]:
+def prepared(op: str, activations: Sequence[str] = ()) -> Callable[..., list[Any]]:
     """A function that checks the types of the operator's arguments, as far as they are given, and
-    casts the activations as autocast wants them: to its type where it is on, but for float64."""
+    casts the activations, if any, as autocast wants them: to its type where it is on, but for
+    float64."""
     tensors = _tensor_arguments(op)
     names = argument_names(op)
     cast = [names.index(name) for name in activations]
@@ -78,7 +109,7 @@ def prepared(op: str, activations: Sequence[str]) -> Callable[..., list[Any]]:
                 expected = "a Tensor or None" if optional else "a Tensor"
                 got = "None" if tensor is None else type(tensor).__name__
                 raise TypeError(f"{op}: {name} must be {expected}; got {got}")
-        device = arguments[cast[0]].device.type
+        device = arguments[cast[0]].device.type if cast else "meta"
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             for i in cast:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -31,9 +33,11 @@ class TensorParallel(ParallelStyle):
     forward and in the backward, one after out_proj, and one of the input's gradient. Input and
     output are replicated; all ranks must compute the same loss of them. States hold a rank's
     channels, and `d_inner` becomes their number. Parameters become DTensors, whose full_tensor() is
-    that of the whole block; their names stay, and a state_dict made or loaded with full_state_dict,
-    but not with broadcast_from_rank0, is the whole block's. With FSDP, which divides in_proj's
-    weight along its other dimension, so that it can be loaded::
+    that of the whole block; their names stay. A state_dict made or loaded with full_state_dict, but
+    not with broadcast_from_rank0, is the whole block's, and what torch.distributed.checkpoint saves
+    of a sharded one, but not with cpu_offload, loads on any mesh; an optimizer's needs
+    full_state_dict. With FSDP, which divides in_proj's weight along its other dimension, so that it
+    can be loaded::
 
         fully_shard(block, mesh=mesh["dp"], shard_placement_fn=TensorParallel.shard_placement_fn)
 
@@ -90,6 +94,7 @@ class TensorParallel(ParallelStyle):
             hook = _reducing(group, forward=False, backward=True)
             getattr(module, name).register_forward_hook(hook)
         module.out_proj.register_forward_hook(_reducing(group, forward=True, backward=False))
+        module.register_state_dict_post_hook(_describe_rows)
         module.register_load_state_dict_pre_hook(_refuse_misplaced)
         module.__class__ = _on_local_parameters(type(module))
         block: nn.Module = module
@@ -109,6 +114,23 @@ def _placement(name: str) -> Placement:
 
 def _strided(parameter: DTensor) -> list[Placement]:
     return [p for p in parameter.placements if isinstance(p, _StridedShard)]
+
+
+def _describe_rows(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Makes a state_dict's in_proj.weight two chunks, x's rows and z's, to
+    torch.distributed.checkpoint, which takes strided rows for consecutive ones."""
+    weight = state_dict[f"{prefix}in_proj.weight"]
+    if not isinstance(weight, DTensor) or len(_strided(weight)) != 1:
+        return
+    _, ranks, rank = module._tensor_parallel
+    mesh, placements = weight.device_mesh, weight.placements
+    column = compute_local_shape_and_global_offset(weight.shape, mesh, placements)[1][1]
+    channels = weight.shape[0] // 2
+    rows = [rank * channels // ranks + first for first in (0, channels)]
+    local = weight._local_tensor
+    chunks = LocalShardsWrapper(list(local.data.chunk(2)), [(row, column) for row in rows])
+    for method in ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__"):
+        setattr(local, method, getattr(chunks, method))
 
 
 def _refuse_misplaced(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -168,10 +190,10 @@ class _OnLocalParameters:
         with _local_parameters(self, of_mix=False if hasattr(super(), "_mix") else None):
             return super().forward(hidden_states, *arguments, **options)  # type: ignore[misc]
 
-    def _mix(self, *arguments: Any) -> Any:
+    def _mix(self, *arguments: Any, **options: Any) -> Any:
         # Here, where the backward recomputes it, alike both times.
         with _local_parameters(self, of_mix=True):
-            return super()._mix(*arguments)  # type: ignore[misc]
+            return super()._mix(*arguments, **options)  # type: ignore[misc]
 
     @torch.no_grad()
     def step(self, *arguments: Any) -> Any:

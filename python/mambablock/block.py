@@ -17,6 +17,7 @@ from ._layers import in_scan_dtype, project_delta, recomputed_but_scan
 from ._library import accumulator_dtype
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
+from .mamba_step import can_step, step_mixer
 from .selective_scan import selective_scan
 from .selective_state_update import selective_state_update
 
@@ -186,6 +187,7 @@ class MambaBlock(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        reverse: bool = False,
         return_state: bool = False,
         context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:
@@ -201,6 +203,8 @@ class MambaBlock(nn.Module):
             cu_seqlens: (sequences + 1), int32 or int64: hidden_states is one row (batch = 1) in
                 which sequence s takes the time steps cu_seqlens[s] to cu_seqlens[s + 1]. States
                 then have a row per sequence.
+            reverse: run backward in time, within each sequence, as if its real tokens were flipped
+                before and after; nothing is.
             return_state: also return the state after each row's (sequence's) last real token.
             context_parallel: hidden_states is a shard along length, as it describes; it also has
                 cu_seqlens, and states are those of whole rows (sequences). See
@@ -219,15 +223,16 @@ class MambaBlock(nn.Module):
         conv_state, ssm_state = (None, None) if state is None else state
         padding = None
         if attention_mask is not None:
-            # Real tokens first, in order: then padding comes after all that it could affect.
+            # Real tokens first, in order (in reverse last): then padding comes after all that it
+            # could affect.
             masked = attention_mask == 0
-            order = masked.to(torch.uint8).argsort(dim=1, stable=True)
+            order = masked.to(torch.uint8).argsort(dim=1, descending=reverse, stable=True)
             padding = masked.gather(1, order)[..., None]
             hidden_states = _take_steps(hidden_states, order).masked_fill(padding, 0)
 
         inputs, z = self.in_proj(hidden_states).chunk(2, dim=-1)
-        args = (inputs, z, conv_state, ssm_state, padding, cu_seqlens)
-        mix = partial(self._mix, context_parallel, return_state)
+        args = (inputs, z, conv_state, ssm_state, padding, cu_seqlens, reverse)
+        mix = partial(self._mix, context_parallel=context_parallel, return_state=return_state)
         if self.recompute and torch.is_grad_enabled():
             y, last_inputs, last_h = recomputed_but_scan(mix, *args)
         else:
@@ -237,7 +242,7 @@ class MambaBlock(nn.Module):
         if padding is not None:
             y = _take_steps(y.masked_fill(padding, 0), order.argsort(dim=1))
             if return_state:
-                last_inputs = self._last_real_inputs(conv_state, inputs, padding)
+                last_inputs = self._last_real_inputs(conv_state, inputs, padding, reverse)
         if not return_state:
             return y
         assert last_inputs is not None
@@ -246,19 +251,22 @@ class MambaBlock(nn.Module):
 
     def _mix(
         self,
-        context_parallel: ContextParallel | None,
-        return_state: bool,
         inputs: Tensor,
         z: Tensor,
         conv_state: Tensor | None,
         ssm_state: Tensor | None,
         padding: Tensor | None,
         cu_seqlens: Tensor | None,
+        reverse: bool,
+        *,
+        context_parallel: ContextParallel | None = None,
+        return_state: bool = True,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All between in_proj and out_proj: y, the last inputs and h; padding is at the end."""
-        shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "return_final_state": True}
-        if context_parallel is not None:  # a state that nobody asked for is not exchanged
-            shared |= {"context_parallel": context_parallel, "return_final_state": return_state}
+        """All between in_proj and out_proj: y, the last inputs and h; padding comes last in the
+        direction of time."""
+        shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": reverse}
+        # A state that nobody asked for is not exchanged.
+        shared |= {"context_parallel": context_parallel, "return_final_state": return_state}
         convolved = causal_conv1d(
             inputs,
             self.conv1d.weight.squeeze(1),
@@ -306,6 +314,8 @@ class MambaBlock(nn.Module):
         """
         check_step(self, hidden_states, state)
         conv_state, ssm_state = state
+        if can_step(self, hidden_states):
+            return step_mixer(self, conv_state, ssm_state, hidden_states)
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         conv = self.conv1d
         x = causal_conv1d_update(conv_state, x, conv.weight.squeeze(1), bias=conv.bias, silu=True)
@@ -396,16 +406,20 @@ class MambaBlock(nn.Module):
         return *project_delta(self.dt_proj, dt), B, C
 
     def _last_real_inputs(
-        self, conv_state: Tensor | None, inputs: Tensor, padding: Tensor
+        self, conv_state: Tensor | None, inputs: Tensor, padding: Tensor, reverse: bool
     ) -> Tensor:
-        """The convolution's last d_conv - 1 inputs before the padding, which is at the end."""
+        """The convolution's last d_conv - 1 inputs before the padding, which comes last."""
         width = self.d_conv - 1
         if conv_state is None:
             conv_state = inputs.new_zeros(inputs.shape[0], width, self.d_inner)
         conv_state = conv_state.to(accumulator_dtype(inputs.dtype))
         real_steps = (~padding).sum(1)
         last = real_steps + torch.arange(width, device=inputs.device)
-        return _take_steps(torch.cat([conv_state, inputs.to(conv_state.dtype)], dim=1), last)
+        if reverse:
+            conv_state = conv_state.flip(1)
+            last = width + inputs.shape[1] - 1 - last
+        pair = (inputs.to(conv_state.dtype), conv_state)
+        return _take_steps(torch.cat(pair if reverse else pair[::-1], dim=1), last)
 
 
 def _take_steps(sequences: Tensor, steps: Tensor) -> Tensor:

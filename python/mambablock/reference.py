@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the four ops compute, in plain PyTorch: read this first, and test against it.
+"""What the ops compute, in plain PyTorch: read this first, and test against it.
 
 The same signatures as the ops of the same names, differentiable by autograd, never fast. Dimension
 letters: B batch, L length, D channels, N state size, W convolution width, G groups, S packed
@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "mamba_step",
+    "selective_scan",
+    "selective_state_update",
+]
 
 
 def causal_conv1d(
@@ -185,6 +191,68 @@ def selective_state_update(
     h, y = _recur(state.to(dtype), u, dt, A.to(dtype), B.to(dtype), C.to(dtype))
     state.copy_(h)
     return _skip_and_gate(y, u, D, z).to(output_dtype)
+
+
+def mamba_step(
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    x: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor | None,
+    A_log: Tensor,
+    D: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None = None,
+    *,
+    dt_norm_weight: Tensor | None = None,
+    B_norm_weight: Tensor | None = None,
+    C_norm_weight: Tensor | None = None,
+    norm_eps: float | None = None,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """One time step of a whole block (figure 3), for inference: x and y are (B, d_model).
+
+    conv_state (B, W-1, D) and ssm_state (B, D, N) advance in place; the weights are those of the
+    layers of the same names. With norm_eps, dt, B and C have RMS norms. state_indices as in
+    causal_conv1d_update.
+    """
+    output_dtype, dtype = x.dtype, _computation_dtype(x)
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    inputs, z = project(x.to(dtype), in_proj_weight, in_proj_bias).chunk(2, dim=-1)
+    u = causal_conv1d_update(
+        conv_state, inputs, conv_weight, bias=conv_bias, silu=True, state_indices=state_indices
+    )
+    sizes = [dt_proj_weight.shape[1], *[A_log.shape[1]] * 2]
+    dt, B, C = project(u, x_proj_weight).split(sizes, dim=-1)
+    if norm_eps is not None:
+        weights = (dt_norm_weight, B_norm_weight, C_norm_weight)
+        dt, B, C = (
+            F.rms_norm(t, t.shape[-1:], None if w is None else w.to(dtype), norm_eps)
+            for t, w in zip((dt, B, C), weights, strict=True)
+        )
+    y = selective_state_update(
+        ssm_state,
+        u,
+        project(dt, dt_proj_weight),
+        -A_log.to(dtype).exp(),
+        B,
+        C,
+        D=D,
+        z=z,
+        delta_bias=dt_proj_bias,
+        delta_softplus=True,
+        state_indices=state_indices,
+    )
+    y = project(y, out_proj_weight, out_proj_bias).to(output_dtype)
+    return y if state_indices is None else y.masked_fill((state_indices < 0)[:, None], 0)
 
 
 def _computation_dtype(activations: Tensor) -> torch.dtype:

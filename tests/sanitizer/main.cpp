@@ -3,20 +3,13 @@
 // Runs every kernel of one SIMD level over drawn small shapes and options. Each argument lies in an
 // allocation of exactly its size, so that the address sanitizer sees any step outside; each output
 // is NaN before and must be finite after.
-#include <cmath>
-#include <functional>
-#include <initializer_list>
-#include <limits>
-#include <memory>
-#include <random>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+#include "arguments.h"
 #include "causal_conv1d/cpu/kernels.h"
 #include "causal_conv1d_update/cpu/kernels.h"
 #include "common/cpu/math_arrays.h"
 #include "common/cpu/simd.h"
+#include "linear/cpu/kernels.h"
+#include "mamba_step/cpu/kernels.h"
 #include "selective_scan/cpu/kernels.h"
 #include "selective_scan_carry/cpu/kernels.h"
 #include "selective_state_update/cpu/kernels.h"
@@ -25,134 +18,6 @@ namespace mambablock {
 namespace {
 
 namespace kernels = MAMBABLOCK_SIMD_LEVEL;
-
-class Draw {
- public:
-  explicit Draw(unsigned seed) : generator_(seed) {}
-  int64_t one_of(std::initializer_list<int64_t> values) {
-    return values.begin()[generator_() % values.size()];
-  }
-  bool coin() { return generator_() % 2 == 0; }
-  float uniform(float low, float high) {
-    return std::uniform_real_distribution<float>(low, high)(generator_);
-  }
-
- private:
-  std::mt19937 generator_;
-};
-
-// The arguments of one call, whose activations are of type T.
-template <class T>
-class Arguments {
- public:
-  using A = Accumulator<T>;
-
-  Arguments(Draw& draw, DType dtype) : draw(draw), dtype(dtype) {}
-
-  template <class E>
-  E* input(int64_t count, float low = -1, float high = 1) {
-    E* data = allocate<E>(count);
-    for (int64_t i = 0; i < count; ++i) {
-      data[i] = from_accumulator<E>(draw.uniform(low, high));
-    }
-    return data;
-  }
-
-  A* optional_input(int64_t count) { return draw.coin() ? input<A>(count) : nullptr; }
-
-  template <class E>
-  E* output(const char* name, int64_t count) {
-    E* data = allocate<E>(count);
-    const auto nan = std::numeric_limits<Accumulator<E>>::quiet_NaN();
-    for (int64_t i = 0; i < count; ++i) data[i] = from_accumulator<E>(nan);
-    checks_.push_back([=] {
-      for (int64_t i = 0; i < count; ++i) {
-        if (std::isfinite(to_accumulator(data[i]))) continue;
-        throw std::runtime_error(std::string(name) + " is not finite at element " +
-                                 std::to_string(i) + " of " + std::to_string(count));
-      }
-    });
-    return data;
-  }
-
-  // A (batch, time, channel) input: its steps contiguous, its channels contiguous, or neither.
-  InputView activation(int64_t batch, int64_t length, int64_t channels, float low = -1,
-                       float high = 1) {
-    if (draw.one_of({0, 0, 1})) {
-      const T* data = input<T>(batch * length * channels, low, high);
-      return {first_step(data, length, 1), length * channels, reverse ? -1 : 1, length};
-    }
-    const int64_t spacing = draw.one_of({1, 1, 2});
-    const int64_t step = channels * spacing;
-    const int64_t last = channels == 0 ? 0 : spacing - 1;
-    // The spacing after the very last channel is not allocated.
-    const int64_t count = batch * length * step;
-    const T* data = input<T>(count == 0 ? 0 : count - last, low, high);
-    return {first_step(data, length, step), length * step, reverse ? -step : step, spacing};
-  }
-
-  InputView optional_activation(int64_t batch, int64_t length, int64_t channels) {
-    return draw.coin() ? activation(batch, length, channels) : InputView{};
-  }
-
-  GroupedView group_activation(int64_t batch, int64_t length, int64_t groups, int64_t d_state) {
-    const int64_t step = groups * d_state;
-    const T* data = input<T>(batch * length * step);
-    return {first_step(data, length, step), length * step, reverse ? -step : step, d_state, 1};
-  }
-
-  template <class E>
-  OutputView rows_output(const char* name, int64_t batch, int64_t length, int64_t channels) {
-    E* data = output<E>(name, batch * length * channels);
-    return {const_cast<E*>(first_step(data, length, channels)), length * channels,
-            reverse ? -channels : channels};
-  }
-
-  // One sequence, or some packed into one row, empty ones among them.
-  void draw_sequences(int64_t& batch, int64_t length, int64_t tile) {
-    if (draw.coin()) {
-      sequences = 1;
-      segments = time_segments({0, length}, tile);
-      return;
-    }
-    batch = 1;
-    sequences = 4;
-    segments = time_segments({0, 0, length / 3, length - length / 5, length}, tile);
-  }
-
-  RowSegments row_segments() const { return {segments.data(), int64_t(segments.size())}; }
-
-  // A kernel's work items in two calls, then the check of what it wrote.
-  template <class P, class Q>
-  void run(void (*kernel)(const P&, Q, int64_t, int64_t), const P& params, Q plan, int64_t items) {
-    kernel(params, plan, items / 2, items);
-    kernel(params, plan, 0, items / 2);
-    for (const auto& check : checks_) check();
-    checks_.clear();
-  }
-
-  Draw& draw;
-  DType dtype;
-  bool reverse = false;
-  std::vector<Segment> segments;
-  int64_t sequences = 1;
-
- private:
-  template <class E>
-  E* allocate(int64_t count) {
-    const std::shared_ptr<E[]> memory(new E[count]);
-    memory_.push_back(memory);
-    return memory.get();
-  }
-
-  template <class E>
-  const E* first_step(const E* data, int64_t length, int64_t step) const {
-    return reverse && length > 0 ? data + (length - 1) * step : data;
-  }
-
-  std::vector<std::shared_ptr<void>> memory_;
-  std::vector<std::function<void()>> checks_;
-};
 
 template <class T>
 void run_causal_conv1d(Draw& draw, DType dtype) {
@@ -336,6 +201,121 @@ void run_updates(Draw& draw, DType dtype, DType state_dtype) {
   arguments.run(&kernels::selective_state_update, scan, chosen.data(), batch * channels);
 }
 
+// A linear layer whose output nobody has checked yet.
+template <class T, class Y>
+LinearParams draw_linear(Arguments<T>& arguments, int64_t rows, int64_t in_features,
+                         int64_t out_features, const Accumulator<T>* x) {
+  LinearParams p{};
+  p.dtype = arguments.dtype;
+  p.y_dtype = std::is_same_v<T, Y> ? arguments.dtype : DType::float32;
+  p.rows = rows;
+  p.in_features = p.x_row = in_features;
+  p.out_features = p.y_row = out_features;
+  p.x = x;
+  p.weight_row = in_features + arguments.draw.one_of({0, 0, 3});
+  const int64_t count = (out_features - 1) * p.weight_row + in_features;
+  p.weight = arguments.template input<T>(out_features == 0 ? 0 : count);
+  p.bias = arguments.optional_input(out_features);
+  p.y = arguments.template output<Y>("y of linear", rows * out_features);
+  return p;
+}
+
+template <class T>
+void run_linear(Draw& draw, DType dtype) {
+  using A = Accumulator<T>;
+  Arguments<T> arguments(draw, dtype);
+  const int64_t rows = draw.one_of({0, 1, 2, 3, 7}),
+                in_features = draw.one_of({1, 31, 32, 65, 200});
+  const int64_t out_features = draw.one_of({0, 1, 8, 19});
+  const A* x = arguments.template input<A>(rows * in_features);
+  const LinearParams p = draw_linear<T, T>(arguments, rows, in_features, out_features, x);
+  const auto kernel = [](const LinearParams& p, int, int64_t begin, int64_t end) {
+    kernels::linear(p, begin, end);
+  };
+  arguments.run(+kernel, p, 0, out_features);
+}
+
+template <class T, class S>
+void run_mamba_step(Draw& draw, DType dtype, DType state_dtype) {
+  using A = Accumulator<T>;
+  Arguments<T> arguments(draw, dtype);
+  const int64_t batch = draw.one_of({0, 1, 3}), rows = batch + draw.one_of({0, 2});
+  const int64_t d_model = draw.one_of({1, 6, 40}), d_inner = draw.one_of({1, 16, 35});
+  const int64_t dt_rank = draw.one_of({1, 3}), d_state = draw.one_of({1, 16, 17}), width = 4;
+  const int64_t columns = dt_rank + 2 * d_state;
+  const DType wide = dtype == DType::float64 ? DType::float64 : DType::float32;
+  const std::vector<int64_t> chosen = draw_state_rows(draw, batch, rows);
+
+  MambaStepParams p{};
+  const A* x = arguments.template input<A>(batch * d_model);
+  p.in_proj = draw_linear<T, A>(arguments, batch, d_model, 2 * d_inner, x);
+  A* u = arguments.template output<A>("u", batch * d_inner);
+  p.x_proj = draw_linear<T, A>(arguments, batch, d_inner, columns, u);
+  const A* selected = static_cast<const A*>(p.x_proj.y);
+  p.dt_proj = draw_linear<T, A>(arguments, batch, dt_rank, d_inner, selected);
+  p.dt_proj.x_row = columns;
+  A* gated = arguments.template output<A>("gated", batch * d_inner);
+  p.out_proj = draw_linear<T, T>(arguments, batch, d_inner, d_model, gated);
+  const auto parameter = [&](StepParameter& target, int64_t columns) {
+    target = {arguments.template input<T>(d_inner * columns, 0, 1), dtype, columns,
+              arguments.template output<A>("parameter", d_inner * columns)};
+    return target.accumulators;
+  };
+  const auto view = [](const void* data, int64_t row) { return InputView{data, row, 0, 1}; };
+  const auto group = [&](int64_t first) { return GroupedView{selected + first, columns, 0, 0, 1}; };
+  const A* xz = static_cast<const A*>(p.in_proj.y);
+  p.conv = {.dtype = wide,
+            .state_dtype = state_dtype,
+            .batch = batch,
+            .channels = d_inner,
+            .width = width,
+            .rows = rows,
+            .silu = true,
+            .state = arguments.template input<S>(rows * (width - 1) * d_inner),
+            .state_row = (width - 1) * d_inner,
+            .state_step = d_inner,
+            .state_channel = 1,
+            .x = view(xz, 2 * d_inner),
+            .weight = parameter(p.parameters[0], width),
+            .bias = parameter(p.parameters[1], 1),
+            .y = {u, d_inner}};
+  p.scan = {.dtype = wide,
+            .state_dtype = state_dtype,
+            .batch = batch,
+            .channels = d_inner,
+            .d_state = d_state,
+            .groups = 1,
+            .rows = rows,
+            .delta_softplus = true,
+            .state = arguments.template input<S>(rows * d_inner * d_state),
+            .state_row = d_inner * d_state,
+            .state_channel = d_state,
+            .state_stride = 1,
+            .u = view(u, d_inner),
+            .delta = view(p.dt_proj.y, d_inner),
+            .z = view(xz + d_inner, 2 * d_inner),
+            .B = group(dt_rank),
+            .C = group(dt_rank + d_state),
+            .A = parameter(p.A_log, d_state),
+            .D = parameter(p.parameters[2], 1),
+            .delta_bias = parameter(p.parameters[3], 1),
+            .y = {gated, d_inner}};
+  p.norms = draw.coin();
+  p.norm_eps = 1e-5;
+  for (int i = 0; i < 3; ++i) {
+    p.norm_sizes[i] = i == 0 ? dt_rank : d_state;
+    p.norm_weights[i] = arguments.optional_input(p.norm_sizes[i]);
+  }
+  const auto kernel = [](const MambaStepParams& p, const int64_t* rows, int64_t, int64_t) {
+    kernels::mamba_step_convolve(p, rows, 0, p.conv.channels);
+    kernels::mamba_step_select(p, 0, p.x_proj.out_features);
+    if (p.norms) kernels::mamba_step_normalize(p, 0, p.conv.batch);
+    kernels::mamba_step_scan(p, rows, 0, p.scan.channels);
+    kernels::mamba_step_project(p, rows, 0, p.out_proj.out_features);
+  };
+  arguments.run(+kernel, p, chosen.data(), 1);
+}
+
 void run_math(Draw& draw) {
   Arguments<float> arguments(draw, DType::float32);
   for (const int64_t count : {0, 1, 15, 16, 33}) {
@@ -356,9 +336,11 @@ void run_all() {
         using T = decltype(type);
         run_causal_conv1d<T>(draw, dtype);
         run_selective_scan<T>(draw, dtype);
+        run_linear<T>(draw, dtype);
         for (DType state : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
           dispatch_dtype(state, [&](auto state_type) {
             run_updates<T, decltype(state_type)>(draw, dtype, state);
+            run_mamba_step<T, decltype(state_type)>(draw, dtype, state);
           });
         }
       });

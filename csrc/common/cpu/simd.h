@@ -3,6 +3,9 @@
 // SIMD vectors of the level that a kernel file is compiled for, and scratch memory.
 #pragma once
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,22 +68,43 @@ template <class V>
   memcpy(target, &v, sizeof v);
 }
 
+// A vector's worth of 16-bit elements, each a lane of 32 bits. g++ 12 makes of
+// __builtin_convertvector two conversions of half a vector.
+template <class V>
+[[gnu::always_inline]] inline typename VectorTraits<V>::Int load_widened(const void* source) {
+  using Int = typename VectorTraits<V>::Int;
+#if defined(__AVX512F__)
+  return Int(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(source))));
+#elif defined(__AVX2__)
+  return Int(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(source))));
+#else
+  Halves<V> halves;
+  memcpy(&halves, source, sizeof halves);
+  return __builtin_convertvector(halves, Int);
+#endif
+}
+
 // A vector's worth of elements, converted.
 template <class V, class T>
 [[gnu::always_inline]] inline V load_whole(const T* source) {
   if constexpr (std::is_same_v<T, ScalarOf<V>>) {
     return load_vector<V>(source);
+#if defined(__aarch64__)
   } else if constexpr (std::is_same_v<T, BFloat16> && !is_float64<V>) {
-    Halves<V> halves;
-    memcpy(&halves, source, sizeof halves);
-    using Int = typename VectorTraits<V>::Int;
-    return __builtin_bit_cast(V, __builtin_convertvector(halves, Int) << 16);
+    // g++ 12 converts a generic vector of 64 bits lane by lane.
+    return V(vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(&source->bits)), 16)));
+#endif
+  } else if constexpr (std::is_same_v<T, BFloat16> && !is_float64<V>) {
+    return __builtin_bit_cast(V, load_widened<V>(source) << 16);
 #if defined(__AVX512F__)
   } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
     return V(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
 #elif defined(__F16C__)
   } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
     return V(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#elif defined(__aarch64__)
+  } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
+    return V(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&source->bits))));
 #endif
   } else {
     V v;
@@ -104,6 +128,9 @@ template <class T, class V>
   } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
     const auto halves = _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT);
     memcpy(target, &halves, sizeof halves);
+#elif defined(__aarch64__)
+  } else if constexpr (std::is_same_v<T, Float16> && !is_float64<V>) {
+    vst1_u16(&target->bits, vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(v))));
 #endif
   } else {
     for (int i = 0; i < VectorTraits<V>::lanes; ++i) target[i] = from_accumulator<T>(v[i]);
@@ -206,14 +233,22 @@ template <class V>
   return all;
 }
 
+// Lane l is the lane Index[l] of a and b, one after the other.
+template <int... Index, class V>
+[[gnu::always_inline]] inline V shuffle(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, Index...);
+#else  // g++ 11
+  return __builtin_shuffle(a, b, typename VectorTraits<V>::Int{Index...});
+#endif
+}
+
 // One level of sums_of_vectors: lanes without the bit `Half` sum pairs of a's, the others of b's.
 template <int Half, class V, int... Lane>
 [[gnu::always_inline]] inline V sum_halves(V a, V b, std::integer_sequence<int, Lane...>) {
-  using Mask = typename VectorTraits<V>::Int;
   constexpr int lanes = sizeof...(Lane);
-  const Mask same{(Lane & Half ? lanes + Lane : Lane)...};
-  const Mask other{(Lane & Half ? lanes + (Lane ^ Half) : Lane ^ Half)...};
-  return __builtin_shuffle(a, b, same) + __builtin_shuffle(a, b, other);
+  return shuffle<(Lane & Half ? lanes + Lane : Lane)...>(a, b) +
+         shuffle<(Lane & Half ? lanes + (Lane ^ Half) : Lane ^ Half)...>(a, b);
 }
 
 // Lane l becomes the sum of the lanes of the vector at l * stride, for the first `Count` of lanes.

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/cpu/simd_level.h"
 
+#ifdef MAMBABLOCK_HAVE_X86_LEVELS
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -8,11 +12,18 @@
 namespace mambablock {
 namespace {
 
+#ifdef MAMBABLOCK_HAVE_X86_LEVELS
+// clang 16's __builtin_cpu_supports knows no f16c.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 SimdLevel highest_level() {
 #ifdef MAMBABLOCK_HAVE_X86_LEVELS
   // The features are those of each level's compiler flags.
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx512 ? SimdLevel::avx512 : SimdLevel::avx2;

@@ -79,12 +79,9 @@ inline void store_row(T* target, int64_t channels, const Accumulator<T>* source,
 // Exchanges, between the vectors a and b, a's lanes with the bit `Half` and b's without.
 template <int Half, class V, int... Lane>
 [[gnu::always_inline]] inline void exchange_lanes(V& a, V& b, std::integer_sequence<int, Lane...>) {
-  using Mask = typename VectorTraits<V>::Int;
   constexpr int lanes = sizeof...(Lane);
-  const Mask low{(Lane & Half ? lanes + Lane - Half : Lane)...};
-  const Mask high{(Lane & Half ? lanes + Lane : Lane + Half)...};
-  const V first = __builtin_shuffle(a, b, low);
-  b = __builtin_shuffle(a, b, high);
+  const V first = shuffle<(Lane & Half ? lanes + Lane - Half : Lane)...>(a, b);
+  b = shuffle<(Lane & Half ? lanes + Lane : Lane + Half)...>(a, b);
   a = first;
 }
 

@@ -23,6 +23,7 @@ class ArgumentReader {
   Tensor tensor() { return read<Tensor>(); }
   OptionalTensor optional_tensor() { return read<OptionalTensor>(); }
   bool boolean() { return read<bool>(); }
+  std::optional<double> optional_number() { return read<std::optional<double>>(); }
 
   StableIValue*& next_;
 

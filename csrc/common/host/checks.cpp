@@ -55,8 +55,8 @@ DType dtype_of(const char* op, const char* argument, ScalarType type) {
 }
 
 Checks::Checks(const char* op, const char* argument, const Tensor& input, int64_t dimensions,
-               const char* layout)
-    : op_(op), input_name_(argument), input_(input) {
+               const char* layout, const char* last)
+    : op_(op), input_name_(argument), last_name_(last), input_(input) {
   defined(argument, input);
   this->dimensions(argument, input, dimensions, layout);
   dtype_ = dtype_of(op, argument, input.scalar_type());
@@ -148,18 +148,18 @@ Size Checks::matrix(const char* argument, const Tensor& tensor, Size rows,
   return size;
 }
 
-DType Checks::state(const Tensor& tensor, const char* layout, Size first, Size second,
-                    const OptionalTensor& state_indices) const {
-  device("state", tensor);
-  const DType dtype = dtype_of(op_, "state", tensor.scalar_type());
-  dimensions("state", tensor, 3, layout);
+DType Checks::state(const char* argument, const Tensor& tensor, const char* layout, Size first,
+                    Size second, const OptionalTensor& state_indices) const {
+  device(argument, tensor);
+  const DType dtype = dtype_of(op_, argument, tensor.scalar_type());
+  dimensions(argument, tensor, 3, layout);
   const Size rows{"rows", tensor.size(0)};
-  shape("state", tensor, {rows, first, second});
+  shape(argument, tensor, {rows, first, second});
   if (state_indices) {
     indices("state_indices", *state_indices);
     shape("state_indices", *state_indices, {batch()});
   } else if (rows.value != batch().value) {
-    fail(op_, "state", "of batch=" + std::to_string(batch().value) + " rows", rows.value);
+    fail(op_, argument, "of batch=" + std::to_string(batch().value) + " rows", rows.value);
   }
   return dtype;
 }

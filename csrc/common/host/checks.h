@@ -56,9 +56,10 @@ struct Sizes {
 // The checks of one call, all against one device and one activation type.
 class [[gnu::visibility("hidden")]] Checks {
  public:
-  // `input` sets the device and the activations' type, and has `dimensions` dimensions.
+  // `input` sets the device and the activations' type, and has `dimensions` dimensions, the last of
+  // which is called `last`.
   Checks(const char* op, const char* argument, const Tensor& input, int64_t dimensions,
-         const char* layout);
+         const char* layout, const char* last = "d_inner");
 
   // An absent tensor passes these three.
   void activation(const char* argument, const OptionalTensor& tensor, const Sizes& sizes) const;
@@ -70,8 +71,8 @@ class [[gnu::visibility("hidden")]] Checks {
 
   // A state of any of the four types and any number of rows, as many as the batch has without
   // state_indices; returns its type.
-  DType state(const Tensor& tensor, const char* layout, Size first, Size second,
-              const OptionalTensor& state_indices) const;
+  DType state(const char* argument, const Tensor& tensor, const char* layout, Size first,
+              Size second, const OptionalTensor& state_indices) const;
 
   void indices(const char* argument, const Tensor& tensor) const;
   void positive(const Size& size) const;
@@ -83,7 +84,7 @@ class [[gnu::visibility("hidden")]] Checks {
   const char* op() const { return op_; }
   const Tensor& input() const { return input_; }
   Size batch() const { return {"batch", input_.size(0)}; }
-  Size channels() const { return {"d_inner", input_.size(input_.dim() - 1)}; }
+  Size channels() const { return {last_name_, input_.size(input_.dim() - 1)}; }
 
  private:
   void device(const char* argument, const Tensor& tensor) const;
@@ -93,6 +94,7 @@ class [[gnu::visibility("hidden")]] Checks {
 
   const char* op_;
   const char* input_name_;
+  const char* last_name_;
   Tensor input_;
   DType dtype_;
   ScalarType accumulator_type_;

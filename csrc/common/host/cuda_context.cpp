@@ -21,6 +21,19 @@ int64_t attribute(cudaDeviceAttr name) {
   return value;
 }
 
+// The driver must be of the runtime's major version, or newer.
+void check_driver() {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  constexpr int needed = CUDART_VERSION / 1000;
+  if (driver / 1000 >= needed) return;
+  throw std::runtime_error("mambablock: the CUDA driver must be for CUDA " +
+                           std::to_string(needed) + " or newer; got one for CUDA " +
+                           std::to_string(driver / 1000) + "." +
+                           std::to_string(driver % 1000 / 10) +
+                           "; update it, or build mambablock from source with an older nvcc");
+}
+
 }  // namespace
 
 struct CudaContext::Guard {
@@ -30,6 +43,7 @@ struct CudaContext::Guard {
 
 CudaContext::CudaContext(const torch::stable::Tensor& tensor)
     : guard_(std::make_unique<Guard>(tensor.get_device_index())) {
+  [[maybe_unused]] static const bool checked = (check_driver(), true);
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) !=
       AOTI_TORCH_SUCCESS) {

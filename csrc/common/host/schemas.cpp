@@ -21,6 +21,15 @@ STABLE_TORCH_LIBRARY(mambablock, library) {
   library.def(
       "causal_conv1d_update(Tensor(a!) state, Tensor x, Tensor weight, Tensor? bias, bool silu, "
       "Tensor? state_indices) -> Tensor");
+  // Only on the CPU.
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
+      "mamba_step(Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor x, Tensor in_proj_weight, "
+      "Tensor? in_proj_bias, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, "
+      "Tensor dt_proj_weight, Tensor? dt_proj_bias, Tensor A_log, Tensor D, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor? dt_norm_weight, "
+      "Tensor? B_norm_weight, Tensor? C_norm_weight, float? norm_eps, Tensor? state_indices) -> "
+      "Tensor");
   library.def("selective_scan(" SELECTIVE_SCAN_ARGUMENTS
               ", bool save_states) -> (Tensor, Tensor, Tensor)");
   library.def(
