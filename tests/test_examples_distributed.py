@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("matplotlib")
@@ -88,17 +89,26 @@ def test_a_mesh_of_other_than_all_processes(text: Path) -> None:
 def test_induction_heads_over_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "short.py"
     script.write_text(
-        "import typer, induction_heads\n"
+        "import os, signal, typer, induction_heads\n"
         "induction_heads.LONG = 256\n"
         "induction_heads.TEST_LENGTHS = [64, 256, 1024]\n"
+        "drawn = induction_heads.sequences\n"
+        "def interrupted(count, length, seed):\n"
+        "    if seed == 1 and os.environ.get('INTERRUPT'):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+        "    return drawn(count, length, seed)\n"
+        "induction_heads.sequences = interrupted\n"
         "if __name__ == '__main__':\n    typer.run(induction_heads.main)\n"
     )
     options = (script, "--output", tmp_path, "--longest", 1024, "--count", 2)
-    run = python(*options, "--steps", 2)
+    stopped = python(*options, "--steps", 4, INTERRUPT="1")
+    assert stopped.returncode == 130, stopped.stderr
+    assert "Stopped at step 2; --resume goes on from" in stopped.stderr
+    run = python(*options, "--steps", 4, "--resume")
     assert run.returncode == 0, run.stderr
     assert [line.split()[0] for line in run.stdout.splitlines()[-3:]] == ["64", "256", "1024"]
     assert (tmp_path / "induction_heads.png").read_bytes().startswith(b"\x89PNG")
-    assert python(*options, "--steps", 3, "--resume").returncode == 0
-    other = python(*options, "--steps", 3, "--resume", "--seed", 1)
+    assert len(torch.load(tmp_path / "checkpoint.pt")["losses"]) == 4
+    other = python(*options, "--steps", 5, "--resume", "--seed", 1)
     assert other.returncode == 2
     assert "has seed 0, but this run has 1." in other.stderr
