@@ -14,13 +14,14 @@ PLATFORM ?= $(machine)
 wheel_cuda := $(if $(filter $(machine),$(PLATFORM)),$(or $(MAMBABLOCK_CUDA),AUTO),OFF)
 export MAMBABLOCK_CUDA ?= $(if $(wildcard /dev/nvidia0 /dev/dxg),AUTO,OFF)
 
-.PHONY: help test demo demo-hf bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
+.PHONY: help test demo demo-hf demo-long bench lint sanitize cuda-check sass gpu-check gpu-build gpu-test \
     gpu-memcheck gpu-racecheck gpu-bench wheel wheel-check wheel-check-all clang-check docs clean
 
 help:
 	@echo 'make test      run the tests; ARGS="-k scan" goes to pytest'
 	@echo 'make demo      train a language model on text; DATA=file or folder, ARGS="--resume"'
 	@echo 'make demo-hf   generate with a transformers model, unpatched and patched; ARGS=...'
+	@echo 'make demo-long train at length 256, test up to length 2^20; ARGS="--resume"'
 	@echo 'make bench     measure speed and memory; ARGS=...'
 	@echo 'make lint      check format, style and types'
 	@echo 'make sanitize  run the kernels under the address and undefined-behaviour sanitizers'
@@ -48,6 +49,9 @@ demo: $(VENV)/installed-demo
 demo-hf: $(VENV)/installed-demo-hf
 	$(bin)/python examples/hugging_face.py $(ARGS)
 
+demo-long: $(VENV)/installed-demo
+	$(bin)/python examples/induction_heads.py $(ARGS)
+
 bench: $(VENV)/installed-bench
 	$(bin)/python -m benchmarks $(ARGS)
 
@@ -68,10 +72,10 @@ sanitize: $(VENV)/requirements
 # sanitizers, whose reports pytest must not capture. Where there is nvcc, the kernels are built for
 # these architectures.
 emulation_tests := $(addprefix tests/test_,cuda.py launches.py operator_contract.py operator_errors.py \
-    operator_torch.py selective_scan.py causal_conv1d.py updates.py block.py block_construction.py \
-    block_errors.py block_sequences.py block_torch.py recompute.py bidirectional.py \
-    compat_causal_conv1d.py compat_errors.py compat_mamba_simple.py compat_mamba_ssm.py \
-    compat_raw.py)
+    operator_torch.py selective_scan.py selective_scan_carry.py causal_conv1d.py updates.py \
+    block.py block_construction.py block_errors.py block_sequences.py block_torch.py recompute.py \
+    bidirectional.py compat_causal_conv1d.py compat_errors.py compat_mamba_simple.py \
+    compat_mamba_ssm.py compat_raw.py)
 emulated := $(pytest) -m 'gpu and not slow' $(emulation_tests)
 library := tests/cuda_emulation/libmambablock_emulation.so
 

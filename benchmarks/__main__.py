@@ -22,6 +22,7 @@ from .block import measure_block, measure_decode
 from .conv import measure_conv
 from .correctness import WrongResultError, check_cpu, check_cuda
 from .device import NotReadyError, require_device
+from .distributed import measure_distributed
 from .implementations import CAUSAL_CONV1D, MAMBA_SSM, MAMBAPY, TRANSFORMERS, importable
 from .layout import measure_layout
 from .linear import measure_linear
@@ -49,6 +50,7 @@ class Section(str, Enum):
     linear = "linear"
     model = "model"
     memory = "memory"
+    distributed = "distributed"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ suites = {
             Section.linear: measure_linear,
             Section.model: measure_model,
             Section.memory: measure_memory,
+            Section.distributed: measure_distributed,
         },
         FULL,
         QUICK,

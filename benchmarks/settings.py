@@ -63,6 +63,8 @@ class Settings(Sampling):
     model: ModelSizes
     threads: tuple[int, ...]
     """The targets are for the last."""
+    distributed_length: int
+    distributed_rounds: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,8 @@ FULL = Settings(
         llama=True,
     ),
     threads=(1, 2) if len(os.sched_getaffinity(0)) > 1 else (1,),
+    distributed_length=65536,
+    distributed_rounds=3,
 )
 QUICK = Settings(
     length=128,
@@ -124,6 +128,8 @@ QUICK = Settings(
         layers=2, d_model=32, vocabulary=64, prompt=8, tokens=2, batches=(1, 4), llama=False
     ),
     threads=(1,),
+    distributed_length=256,
+    distributed_rounds=1,
 )
 CUDA_FULL = CudaSettings(
     rounds=25,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks as check
+from ._context_parallel import ContextParallel
 from ._layers import is_plain_linear
 from ._library import accumulator_dtype
 
@@ -26,9 +27,21 @@ def check_sequences(
     state: MambaState | None,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    context_parallel: ContextParallel | None = None,
 ) -> None:
     """The arguments of MambaBlock.forward."""
     owner = type(block).__name__
+    if context_parallel is not None:
+        if not isinstance(context_parallel, ContextParallel):
+            raise TypeError(
+                f"{owner}: context_parallel must be a ContextParallel; "
+                f"got {check.got(context_parallel)}"
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                f"{owner}: attention_mask and a ContextParallel must not be given together; "
+                "pack sequences by its cu_seqlens"
+            )
     check_hidden_states(block, "hidden_states", hidden_states, "batch", "length")
     batch, length, _ = hidden_states.shape
     if attention_mask is not None:
@@ -49,6 +62,8 @@ def check_sequences(
         if cu_seqlens.numel() == 0:
             raise ValueError(f"{owner}: cu_seqlens must be of at least one value; got (0,)")
         batch = cu_seqlens.shape[0] - 1
+    elif context_parallel is not None and context_parallel.cu_seqlens is not None:
+        batch = context_parallel.cu_seqlens.shape[0] - 1
     if state is not None:
         _check_state(block, "state", state, batch, hidden_states)
 

@@ -78,8 +78,17 @@ def project_delta(dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None
 
 
 def recomputed_but_scan(function: Callable[..., Result], *args: Any) -> Result:
-    """function(*args), recomputed in the backward but for the scan; only args are saved."""
-    kept = [torch.ops.mambablock.selective_scan.default]
+    """function(*args), recomputed in the backward but for the scan and what ranks exchange; only
+    args are saved."""
+    ops, collectives = torch.ops.mambablock, torch.ops._c10d_functional
+    kept = [
+        ops.selective_scan.default,
+        ops.selective_scan_carry.default,
+        collectives.all_gather_into_tensor.default,
+        collectives.all_reduce.default,
+        collectives.all_to_all_single.default,
+        collectives.wait_tensor.default,
+    ]
     result: Result = checkpoint(
         function,
         *args,

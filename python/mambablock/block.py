@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from . import _checks as check
 from ._block_checks import check_sequences, check_step
+from ._context_parallel import ContextParallel
 from ._layers import project_delta, project_inputs, recomputed_but_scan
 from ._library import accumulator_dtype
 from .causal_conv1d import causal_conv1d
@@ -187,6 +189,7 @@ class MambaBlock(nn.Module):
         cu_seqlens: Tensor | None = None,
         reverse: bool = False,
         return_state: bool = False,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:
         """Run the block over whole sequences, or over the next piece of each.
 
@@ -203,6 +206,9 @@ class MambaBlock(nn.Module):
             reverse: run backward in time, within each sequence, as if its real tokens were flipped
                 before and after; nothing is.
             return_state: also return the state after each row's (sequence's) last real token.
+            context_parallel: hidden_states is a shard along length, as it describes; it also has
+                cu_seqlens, and states are those of whole rows (sequences). See
+                :class:`mambablock.distributed.ContextParallel`.
 
         Returns:
             y (batch, length, d_model), or (y, MambaState). Gradients flow through both states.
@@ -213,7 +219,7 @@ class MambaBlock(nn.Module):
                 cu_seqlens are given together.
             RuntimeError: cu_seqlens is not what :func:`mambablock.selective_scan` takes.
         """
-        check_sequences(self, hidden_states, state, attention_mask, cu_seqlens)
+        check_sequences(self, hidden_states, state, attention_mask, cu_seqlens, context_parallel)
         conv_state, ssm_state = (None, None) if state is None else state
         padding = None
         if attention_mask is not None:
@@ -226,17 +232,22 @@ class MambaBlock(nn.Module):
 
         inputs, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         args = (inputs, z, conv_state, ssm_state, padding, cu_seqlens, reverse)
+        mix = partial(self._mix, context_parallel=context_parallel, return_state=return_state)
         if self.recompute and torch.is_grad_enabled():
-            y, last_inputs, last_h = recomputed_but_scan(self._mix, *args)
+            y, last_inputs, last_h = recomputed_but_scan(mix, *args)
         else:
-            y, last_inputs, last_h = self._mix(*args)
+            y, last_inputs, last_h = mix(*args)
         y = self.out_proj(y)
 
         if padding is not None:
             y = _take_steps(y.masked_fill(padding, 0), order.argsort(dim=1))
             if return_state:
                 last_inputs = self._last_real_inputs(conv_state, inputs, padding, reverse)
-        return (y, MambaState(last_inputs, last_h)) if return_state else y
+        if not return_state:
+            return y
+        assert last_inputs is not None
+        assert last_h is not None
+        return y, MambaState(last_inputs, last_h)
 
     def _mix(
         self,
@@ -247,24 +258,29 @@ class MambaBlock(nn.Module):
         padding: Tensor | None,
         cu_seqlens: Tensor | None,
         reverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        *,
+        context_parallel: ContextParallel | None = None,
+        return_state: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """All between in_proj and out_proj: y, the last inputs and h; padding comes last in the
         direction of time."""
-        x, last_inputs = causal_conv1d(
+        shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": reverse}
+        # A state that nobody asked for is not exchanged.
+        shared |= {"context_parallel": context_parallel, "return_final_state": return_state}
+        convolved = causal_conv1d(
             inputs,
             self.conv1d.weight.squeeze(1),
             bias=self.conv1d.bias,
             silu=True,
             initial_state=conv_state,
-            cu_seqlens=cu_seqlens,
-            reverse=reverse,
-            return_final_state=True,
+            **shared,
         )
+        x, last_inputs = convolved if isinstance(convolved, tuple) else (convolved, None)
         x, delta, delta_bias, B, C = self._selection(x)
         if padding is not None:
             # softplus(-inf) = 0: padding takes a step of no length, so the state passes unchanged.
             delta = delta.masked_fill(padding, -math.inf)
-        y, last_h = selective_scan(
+        scanned = selective_scan(
             x,
             delta,
             self.A_log,
@@ -275,11 +291,10 @@ class MambaBlock(nn.Module):
             delta_bias=delta_bias,
             delta_softplus=True,
             initial_state=ssm_state,
-            cu_seqlens=cu_seqlens,
-            reverse=reverse,
             A_is_log=True,
-            return_final_state=True,
+            **shared,
         )
+        y, last_h = scanned if isinstance(scanned, tuple) else (scanned, None)
         return y, last_inputs, last_h
 
     @torch.no_grad()

@@ -9,6 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import _library as library
+from . import _sharded_conv as sharded
+from ._context_parallel import ContextParallel
 
 
 def check_fake(op: str, a: Any, *dimensions: str) -> None:
@@ -51,6 +53,7 @@ class _Options(TypedDict, total=False):
     cu_seqlens: Tensor | None
     silu: bool
     reverse: bool
+    context_parallel: ContextParallel | None
 
 
 @overload
@@ -73,6 +76,16 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    return_final_state: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -83,6 +96,7 @@ def causal_conv1d(
     silu: bool = False,
     reverse: bool = False,
     return_final_state: bool = False,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal depthwise convolution along time, with an optional SiLU.
 
@@ -101,6 +115,8 @@ def causal_conv1d(
         silu: apply SiLU to the sum.
         reverse: run backward in time: flip, convolve and flip, within each sequence.
         return_final_state: also return the last d_conv - 1 inputs, as initial_state holds them.
+        context_parallel: x is a shard along length, as it describes; see
+            :class:`mambablock.distributed.ContextParallel`.
 
     Returns:
         y of x's shape and type, or (y, final_state). Both are differentiable, once.
@@ -109,5 +125,9 @@ def causal_conv1d(
         TypeError: an argument that is no Tensor; the text names it.
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    y, final_state = _call(x, weight, bias, initial_state, cu_seqlens, silu, reverse)
+    arguments = (x, weight, bias, initial_state, cu_seqlens, silu, reverse)
+    if context_parallel is None:
+        y, final_state = _call(*arguments)
+    else:
+        y, final_state = sharded.causal_conv1d(context_parallel, return_final_state, *arguments)
     return (y, final_state) if return_final_state else y

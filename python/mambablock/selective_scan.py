@@ -9,6 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import _library as library
+from . import _sharded_scan as sharded
+from ._context_parallel import ContextParallel
 
 
 def check_fake(op: str, a: Any, *dimensions: str) -> None:
@@ -78,6 +80,7 @@ class _Options(TypedDict, total=False):
     delta_softplus: bool
     reverse: bool
     A_is_log: bool
+    context_parallel: ContextParallel | None
 
 
 @overload
@@ -106,6 +109,19 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    return_final_state: bool,
+    **options: Unpack[_Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def selective_scan(
     u: Tensor,
     delta: Tensor,
@@ -122,6 +138,7 @@ def selective_scan(
     reverse: bool = False,
     A_is_log: bool = False,
     return_final_state: bool = False,
+    context_parallel: ContextParallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective state space recurrence (Gu & Dao 2023, arXiv:2312.00752, algorithm 2).
 
@@ -150,6 +167,8 @@ def selective_scan(
         A_is_log: A is a block's A_log, for which -exp(A) stands, taken in float32 (float64 for
             float64 u).
         return_final_state: also return h after the last step, as initial_state holds it.
+        context_parallel: the activations are shards along length, as it describes; see
+            :class:`mambablock.distributed.ContextParallel`.
 
     Returns:
         y of u's shape and type, or (y, final_state). Both are differentiable, once.
@@ -158,8 +177,10 @@ def selective_scan(
         TypeError: an argument that is no Tensor; the text names it.
         RuntimeError: an argument of a wrong shape, type, device or value; the text names it.
     """
-    y, final_state, _ = _call(
-        *(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens),
-        *(delta_softplus, reverse, A_is_log),
-    )
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens)
+    arguments = (*tensors, delta_softplus, reverse, A_is_log)
+    if context_parallel is None:
+        y, final_state, _ = _call(*arguments)
+    else:
+        y, final_state = sharded.selective_scan(context_parallel, return_final_state, *arguments)
     return (y, final_state) if return_final_state else y

@@ -11,6 +11,7 @@
 #include "linear/cpu/kernels.h"
 #include "mamba_step/cpu/kernels.h"
 #include "selective_scan/cpu/kernels.h"
+#include "selective_scan_carry/cpu/kernels.h"
 #include "selective_state_update/cpu/kernels.h"
 
 namespace mambablock {
@@ -131,6 +132,16 @@ void run_selective_scan(Draw& draw, DType dtype) {
   backward.dD_partial = arguments.template output<A>("dD", batch * channels);
   backward.ddelta_bias_partial = arguments.template output<A>("ddelta_bias", batch * channels);
   arguments.run(&kernels::selective_scan_backward, backward, segments, items);
+
+  SelectiveScanCarry carry{in};
+  carry.state = arguments.template output<A>("carry", states);
+  carry.dt_sum = arguments.template output<A>("dt_sum", batch * arguments.sequences * channels);
+  arguments.run(&kernels::selective_scan_carry, carry, segments, items);
+  carry.u = backward.dy;
+  carry.B = in.C;
+  carry.state = arguments.template output<A>("dcarry", states);
+  carry.dt_sum = arguments.template output<A>("dt_sum", batch * arguments.sequences * channels);
+  arguments.run(&kernels::selective_scan_carry_backward, carry, segments, items);
 }
 
 // The rows of a larger state that a batch of updates uses; negative is padding.

@@ -36,6 +36,12 @@ STABLE_TORCH_LIBRARY(mambablock, library) {
       "selective_scan_backward(Tensor dy, Tensor? dfinal_state, Tensor "
       "saved_states, " SELECTIVE_SCAN_ARGUMENTS
       ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "selective_scan_carry(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor? delta_bias, "
+      "Tensor? cu_seqlens, bool delta_softplus, bool reverse) -> (Tensor, Tensor)");
+  library.def(
+      "selective_scan_carry_backward(Tensor dy, Tensor delta, Tensor A, Tensor C, Tensor? z, "
+      "Tensor? delta_bias, Tensor? cu_seqlens, bool delta_softplus, bool reverse) -> Tensor");
   // Only on CUDA: into how many chunks of time a call is divided.
   library.def("selective_scan_chunks(Tensor u, int groups) -> int");
   library.def(
