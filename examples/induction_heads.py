@@ -229,7 +229,7 @@ def report(found: dict[int, float], path: Path) -> None:
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/long"),
-    minutes: Annotated[float, typer.Option(min=0.01, max=1e6, help="Time to train for.")] = 15.0,
+    minutes: Annotated[float, typer.Option(min=0.01, max=1e6, help="Time to train for.")] = 10.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train instead.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the checkpoint.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=1 << 20)] = 0,
