@@ -126,6 +126,14 @@ def _decode(panels: list[Axes], results: Results, settings: Settings) -> None:
     _bars(panels[0], values, "one block, one sequence: tokens per second", "")
 
 
+def _model(panels: list[Axes], results: Results, settings: Settings) -> None:
+    where = {"threads": settings.threads[-1], "batch": 1, "pass": "decode"}
+    for panel, dtype in zip(panels, ("float32", "bfloat16"), strict=False):
+        figures = results.select("model", dtype=dtype, **where)
+        values = {figure["implementation"]: figure["value"] for figure in figures}
+        _bars(panel, values, f"a whole model's decoding in {dtype}: tokens per second", "")
+
+
 def _memory(panels: list[Axes], results: Results, settings: Settings) -> None:
     figures = results.select("memory", **{"pass": "training step"})
     values = {figure["implementation"]: figure["value"] for figure in figures}
@@ -143,6 +151,7 @@ PLOTS: dict[str, dict[str, tuple[str, Callable[[list[Axes], Results, Any], None]
         "conv_length": ("conv", lambda panels, results, _: _by_length("conv", panels, results), 2),
         "block": ("block", _block, 2),
         "decode": ("decode", _decode, 1),
+        "model": ("model", _model, 2),
         "memory": ("memory", _memory, 1),
     },
     "cuda": {
