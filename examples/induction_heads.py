@@ -8,6 +8,7 @@ and the model is to tell the token that followed it the first time.
 The paper trains for 204,800 steps of 8 sequences of length 256, with the answer's cross entropy
 alone. Changed here, for a training of minutes:
 
+- The steps are fewer, of 32 sequences or more, and the rate falls in the last third.
 - The length starts at 16, and doubles up to 256 whenever the answers are learned.
 - Once they are at length 256, the mean of log dt is added to the loss. A token that is to leave the
   state as it is needs a time step dt of 0, but at length 256 one of 1e-4 answers as well, and the
