@@ -72,8 +72,9 @@ def test_division(numerator: int, denominator: int) -> None:
 @pytest.mark.parametrize("times", [1, 2, 6])
 def test_loop(times: int) -> None:
     start = (times - 1) * 2**31 + 7
-    visits = thread(LOOP, start % 2**32, start >> 32).run()
-    assert visits == [1, 1, *[times] * 6, 1]
+    walk = thread(LOOP, start % 2**32, start >> 32)
+    walk.run()
+    assert walk.path == [0, 1, *[*range(2, 8)] * times, 8]
 
 
 def test_a_branch_on_data_is_an_error() -> None:

@@ -59,6 +59,24 @@ class Thread:
         self.at = {instruction.address: i for i, instruction in enumerate(kernel.code)}
         self.code = kernel.code
         self.steps: list[Step | None] = [None] * len(kernel.code)
+        self.path: list[int] = []
+
+    def run(self, limit: int = 2_000_000) -> None:
+        """Executes until the thread returns, and keeps the indices of its instructions."""
+        index = 0
+        for _ in range(limit):
+            self.path.append(index)
+            step = self.steps[index]
+            if step is None:
+                step = self.steps[index] = self.decode(self.code[index])
+            following = step()
+            if following is None:
+                index += 1
+            elif following < 0:
+                return
+            else:
+                index = following
+        raise UnknownBranchError(f"no end after {limit} instructions")
 
     # Operands
 

@@ -27,28 +27,11 @@ class Issue:
 
 
 class _Lane(Thread):
-    """A thread that keeps its path and the addresses of its accesses."""
+    """A thread that keeps the addresses of its accesses."""
 
     def __init__(self, kernel: Kernel, launch: Launch, block: int, rank: int) -> None:
         super().__init__(kernel, launch, block, rank)
-        self.path: list[int] = []
         self.addresses: dict[int, list[int | None]] = {}  # None: not active, -1: unknown
-
-    def walk(self, limit: int = 2_000_000) -> None:
-        index = 0
-        for _ in range(limit):
-            self.path.append(index)
-            step = self.steps[index]
-            if step is None:
-                step = self.steps[index] = self.decode(self.code[index])
-            following = step()
-            if following is None:
-                index += 1
-            elif following < 0:
-                return
-            else:
-                index = following
-        raise RuntimeError(f"no end after {limit} instructions")
 
     def decode(self, instruction: Instruction) -> Step:
         step = super().decode(instruction)
@@ -179,7 +162,7 @@ def trace(kernel: Kernel, launch: Launch, block: int | None = None) -> list[list
         warp = _Warp()
         for rank in range(first, min(first + 32, launch.threads)):
             lane = _Lane(kernel, launch, block, rank)
-            lane.walk()
+            lane.run()
             warp.lanes.append(lane)
         warps.append(warp.issues())
     return warps
