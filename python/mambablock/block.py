@@ -266,7 +266,9 @@ class MambaBlock(nn.Module):
         direction of time."""
         shared: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": reverse}
         # A state that nobody asked for is not exchanged.
-        shared |= {"context_parallel": context_parallel, "return_final_state": return_state}
+        shared["return_final_state"] = return_state
+        if context_parallel is not None:
+            shared["context_parallel"] = context_parallel
         convolved = causal_conv1d(
             inputs,
             self.conv1d.weight.squeeze(1),
