@@ -118,6 +118,15 @@ __device__ __forceinline__ void each_slice(int64_t d_state, F function) {
   }
 }
 
+// data + offset; an empty tensor's data is null, which C++ lets nobody add to, and a device does.
+template <class T>
+__device__ __forceinline__ T* advanced(T* data, int64_t offset) {
+#if !defined(__CUDA_ARCH__)
+  if (data == nullptr) return data;
+#endif
+  return data + offset;
+}
+
 // The rows of a tile of a (B, L, D) tensor that a thread loads or stores.
 template <class Block, class Pointer>
 struct TileRows {
@@ -129,8 +138,8 @@ struct TileRows {
         count(block.channels - block.column),
         time(time),
         channel(channel),
-        place(tensor + block.batch * batch + (begin + row) * time +
-              (block.channel + block.column) * channel) {}
+        place(advanced(tensor, block.batch * batch + (begin + row) * time +
+                                   (block.channel + block.column) * channel)) {}
 
   // To the tile that begins so many steps later.
   __device__ __forceinline__ void move(int64_t steps) { place += steps * time; }
@@ -235,8 +244,9 @@ struct StatesInput {
         d_state(block.p.d_state),
         time(input.time),
         stride(input.state),
-        data(static_cast<const T*>(input.data) + block.batch * input.batch +
-             block.group * input.group + (begin + step) * time + state * stride) {}
+        data(advanced(static_cast<const T*>(input.data),
+                      block.batch * input.batch + block.group * input.group +
+                          (begin + step) * time + state * stride)) {}
 
   // To the tile that begins so many steps later.
   __device__ __forceinline__ void move(int64_t steps) { data += steps * time; }
