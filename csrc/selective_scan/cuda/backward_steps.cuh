@@ -211,9 +211,9 @@ struct GradientSums {
         step(threadIdx.x / (4 * kParts)),
         time(p.dB_partial.time) {  // and dC_partial's
     const OutputView& partial = which == 0 ? p.dB_partial : p.dC_partial;
-    target = static_cast<A*>(partial.data) +
-             (block.index_in_group * p.batch + block.batch) * partial.batch +
-             (begin + step) * time + block.group * d_state + block.part * held;
+    target = advanced(static_cast<A*>(partial.data),
+                      (block.index_in_group * p.batch + block.batch) * partial.batch +
+                          (begin + step) * time + block.group * d_state + block.part * held);
   }
 
   // To the tile that begins so many steps later.

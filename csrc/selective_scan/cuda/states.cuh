@@ -117,7 +117,7 @@ struct SavedStates {
     const int64_t index = block.batch * block.plan.saved + begin / kCudaSavedSteps;
     left = int(block.plan.saved - begin / kCudaSavedSteps);
     const int64_t row = index * block.p.d_state + block.part * count;
-    place += row * block.p.channels + block.channel + block.pair;
+    place = advanced(place, row * block.p.channels + block.channel + block.pair);
   }
 
   // To the state saved so many places later.
