@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// States of decoding, which may have any of the four types.
+// States: those of decoding, which may have any of the four types, and the decay of any.
 #pragma once
 
 #include "common/cuda/vectors.cuh"
@@ -45,6 +45,15 @@ __device__ __forceinline__ void store_state(DType dtype, void* state, int64_t at
 __device__ __forceinline__ int64_t used_row(const int64_t* state_rows, int64_t rows, int64_t b) {
   const int64_t row = state_rows == nullptr ? b : state_rows[b];
   return row < rows ? row : -1;
+}
+
+// 2^exponent * x, by two factors, which overflow or vanish only where the result does. Zeros,
+// infinities and NaNs stay, as they do in single steps.
+template <class A>
+__device__ __forceinline__ A scaled(A x, A exponent) {
+  const bool stays = x == 0 || x - x != 0;
+  const A factor = exp2(A(0.5) * exponent);
+  return stays && exponent == exponent ? x : x * factor * factor;
 }
 
 }  // namespace mambablock

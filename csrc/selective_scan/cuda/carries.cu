@@ -227,15 +227,6 @@ struct ChunkMap {
   A exponent, local;
 };
 
-// 2^exponent * x, by two factors, which overflow or vanish only where the result does. Zeros,
-// infinities and NaNs stay, as they do in single steps.
-template <class A>
-__device__ __forceinline__ A scaled(A x, A exponent) {
-  const bool stays = x == 0 || x - x != 0;
-  const A factor = exp2(A(0.5) * exponent);
-  return stays && exponent == exponent ? x : x * factor * factor;
-}
-
 struct Compose {
   template <class A>
   __device__ ChunkMap<A> operator()(const ChunkMap<A>& first, const ChunkMap<A>& second) const {

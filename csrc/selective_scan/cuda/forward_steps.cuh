@@ -259,11 +259,6 @@ class ForwardActivations {
     y_output.move(kCudaTile);
   }
 
-  __device__ __forceinline__ bool in_packs() const {
-    return u_input.in_packs() && delta_input.in_packs() && (!gated || z_input.in_packs()) &&
-           p.B.packs && p.C.packs && p.y.packs;
-  }
-
  private:
   const SelectiveScanForward& p;
   const Block& block;

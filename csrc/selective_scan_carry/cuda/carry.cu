@@ -44,15 +44,6 @@ struct Along {
   Sequences sequences;
 };
 
-// 2^exponent * x, by two factors, which overflow or vanish only where the result does. Zeros and
-// infinities stay, as they do in single steps.
-template <class A>
-__device__ __forceinline__ A decayed(A x, A exponent) {
-  const A factor = exp2(A(0.5) * exponent);
-  const bool stays = x == 0 || x - x != 0;
-  return stays && exponent == exponent ? x : x * factor * factor;
-}
-
 template <class T, bool kBackward>
 __device__ __forceinline__ void scan_chunk(const SelectiveScanCarry& p, const CarryCudaPlan& plan) {
   using A = Accumulator<T>;
@@ -158,12 +149,12 @@ __device__ __forceinline__ void compose(const SelectiveScanCarry& p, const Carry
       if (along.begin(s) < begin && along.begin(s + 1) <= end) {
         const int64_t at = along.state_row(batch, s) * p.channels + d;
         const A dt = final_dt[at];
-        final_state[at * p.d_state + n] += decayed(h, A_log2e * dt);
+        final_state[at * p.d_state + n] += scaled(h, A_log2e * dt);
         if (n == 0) final_dt[at] = sum + dt;
       }
       const A state = chunk_state[row * p.d_state + n], dt = chunk_dt[row];
       const bool forgets = along.begin(along.last_begun(end - 1)) >= begin;
-      h = forgets ? state : decayed(h, A_log2e * dt) + state;
+      h = forgets ? state : scaled(h, A_log2e * dt) + state;
       sum = forgets ? dt : sum + dt;
     }
   }
