@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import _checks
@@ -185,6 +186,8 @@ def unchained(cp: ContextParallel, chain: Tensor, reverse: bool) -> Tensor:
 # the whole row, if it is wanted. All have the channels last.
 Combined = tuple[Tensor, Tensor | None]
 Combine = Callable[[Tensor, int, Sequence[int]], Combined]
+Forward = Callable[..., Sequence[Tensor]]
+Backward = Callable[..., Sequence[Tensor | None]]
 
 
 def exchange(cp: ContextParallel, local: Tensor, reverse: bool, combine: Combine) -> Combined:
@@ -251,11 +254,14 @@ def sharded_call(
     cp: ContextParallel,
     wants_final: bool,
     arguments: Sequence[Any],
-    forward: Callable[..., Sequence[Tensor]],
-    function: Any,
+    forward: Forward,
+    saving: Forward,
+    backward: Backward,
 ) -> tuple[Tensor, Tensor]:
-    """y and final_state by forward(cp, arguments, wants_final) -> y, final_state, ..., or by the
-    autograd.Function of it. `arguments` are the operator's; forward takes no cu_seqlens."""
+    """y and final_state by forward(cp, arguments, wants_final) -> y, final_state, ...; where there
+    is a backward by saving, whose further results are its `kept`: backward(cp, arguments, kept,
+    dy, dfinal_state, wants_final) -> the gradients of the tensors. `arguments` are the operator's;
+    forward and backward take no cu_seqlens."""
     if not isinstance(cp, ContextParallel):
         raise TypeError(f"{op}: context_parallel must be a ContextParallel; got {_checks.got(cp)}")
     *tensors, cu_seqlens, flag, reverse = arguments
@@ -270,10 +276,38 @@ def sharded_call(
         others = {"A_is_log": False, "save_states": train} if scan else {}
         y, final_state, *_ = operator(*tensors, cp.cu_seqlens, flag, reverse, **others)
     elif train:
-        y, final_state = function.apply(cp, wants_final, *tensors, flag, reverse)
+        given = (cp, wants_final, *tensors, flag, reverse)
+        y, final_state = _Sharded.apply(saving, backward, *given)  # type: ignore[no-untyped-call]
     else:
         y, final_state, *_ = forward(cp, (*tensors, flag, reverse), wants_final)
     return y, final_state
+
+
+class _Sharded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        saving: Forward,
+        backward: Backward,
+        cp: ContextParallel,
+        wants_final: bool,
+        *arguments: Any,
+    ) -> Any:
+        y, final_state, *kept = saving(cp, arguments, wants_final)
+        ctx.call_backward, ctx.cp, ctx.wants_final = backward, cp, wants_final
+        *tensors, flag, reverse = arguments
+        ctx.flags, ctx.count = (flag, reverse), len(tensors)
+        ctx.materialize_grads = False
+        ctx.save_for_backward(*tensors, *kept)
+        return y, final_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> Any:
+        tensors = ctx.saved_tensors
+        arguments, kept = (*tensors[: ctx.count], *ctx.flags), tensors[ctx.count :]
+        gradients = ctx.call_backward(ctx.cp, arguments, kept, dy, dfinal_state, ctx.wants_final)
+        return (None, None, None, None, *gradients, None, None)
 
 
 def agree(cp: ContextParallel, op: str, arguments: dict[str, Any]) -> None:

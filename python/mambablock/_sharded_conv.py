@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _library as library
 from ._chain import Chain, chain_from, chain_of, every_piece, selected
@@ -206,27 +205,6 @@ def _shifted(dhalo: Tensor, by: Tensor) -> Tensor:
     return moved.masked_fill((place < 0)[None, :, None], 0)
 
 
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cp: ContextParallel, wants_final: bool, *arguments: Any) -> Any:
-        y, final_state, *kept = _forward(cp, arguments, wants_final)
-        ctx.cp, ctx.wants_final, ctx.flags = cp, wants_final, arguments[-2:]
-        ctx.materialize_grads = False
-        ctx.save_for_backward(*arguments[:-2], *kept)
-        return y, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> Any:
-        tensors = ctx.saved_tensors
-        arguments, kept = (*tensors[:_TENSORS], *ctx.flags), tensors[_TENSORS:]
-        gradients = _backward(ctx.cp, arguments, kept, dy, dfinal_state, ctx.wants_final)
-        return (None, None, *gradients, None, None)
-
-
-_TENSORS = 4  # x to initial_state
-
-
 _prepare = library.prepared("causal_conv1d", ("x",))
 
 
@@ -241,4 +219,4 @@ def causal_conv1d(cp: ContextParallel, wants_final: bool, *arguments: Any) -> tu
             dtype = library.accumulator_dtype(x.dtype)
             initial = x.new_empty((rows, 0, x.shape[2]), dtype=dtype)
         return y, initial
-    return sharded_call("causal_conv1d", cp, wants_final, prepared, _forward, _Conv)
+    return sharded_call("causal_conv1d", cp, wants_final, prepared, _forward, _forward, _backward)

@@ -10,11 +10,11 @@ end, with the gradient of a piece's initial state from a final one of 0 in b's p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _library as library
 from . import selective_scan_carry
@@ -214,27 +214,6 @@ def _backward(
     return tuple(gradients)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cp: ContextParallel, wants_final: bool, *arguments: Any) -> Any:
-        y, final_state, *kept = _forward(cp, arguments, wants_final, True)
-        ctx.cp, ctx.wants_final, ctx.flags = cp, wants_final, arguments[-2:]
-        ctx.materialize_grads = False
-        ctx.save_for_backward(*arguments[:-2], *kept)
-        return y, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal_state: Tensor | None) -> Any:
-        tensors = ctx.saved_tensors
-        arguments, kept = (*tensors[:_TENSORS], *ctx.flags), tensors[_TENSORS:]
-        gradients = _backward(ctx.cp, arguments, kept, dy, dfinal_state, ctx.wants_final)
-        return (None, None, *gradients, None, None)
-
-
-_TENSORS = 9  # u to initial_state
-
-
 _prepare = library.prepared("selective_scan", ("u", "delta", "B", "C", "z"))
 
 
@@ -246,4 +225,12 @@ def selective_scan(
     if A_is_log:
         A = -torch.exp(A.to(library.accumulator_dtype(u.dtype)))
     prepared = (u, delta, A, *others)
-    return sharded_call("selective_scan", cp, wants_final, prepared, _forward, _Scan)
+    return sharded_call(
+        "selective_scan",
+        cp,
+        wants_final,
+        prepared,
+        _forward,
+        partial(_forward, save=True),
+        _backward,
+    )
