@@ -15,6 +15,7 @@ from ._block_checks import check_sequences, check_step
 from ._context_parallel import ContextParallel
 from ._layers import project_delta, project_inputs, recomputed_but_scan
 from ._library import accumulator_dtype
+from ._padding import last_real_inputs, padding_last, take_steps
 from .causal_conv1d import causal_conv1d
 from .causal_conv1d_update import causal_conv1d_update
 from .mamba_step import can_step, step_mixer
@@ -223,12 +224,8 @@ class MambaBlock(nn.Module):
         conv_state, ssm_state = (None, None) if state is None else state
         padding = None
         if attention_mask is not None:
-            # Real tokens first, in order (in reverse last): then padding comes after all that it
-            # could affect.
-            masked = attention_mask == 0
-            order = masked.to(torch.uint8).argsort(dim=1, descending=reverse, stable=True)
-            padding = masked.gather(1, order)[..., None]
-            hidden_states = _take_steps(hidden_states, order).masked_fill(padding, 0)
+            order, padding = padding_last(attention_mask, reverse)
+            hidden_states = take_steps(hidden_states, order).masked_fill(padding, 0)
 
         inputs, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         args = (inputs, z, conv_state, ssm_state, padding, cu_seqlens, reverse)
@@ -240,9 +237,11 @@ class MambaBlock(nn.Module):
         y = self.out_proj(y)
 
         if padding is not None:
-            y = _take_steps(y.masked_fill(padding, 0), order.argsort(dim=1))
+            y = take_steps(y.masked_fill(padding, 0), order.argsort(dim=1))
             if return_state:
-                last_inputs = self._last_real_inputs(conv_state, inputs, padding, reverse)
+                last_inputs = last_real_inputs(
+                    conv_state, inputs, padding, reverse, self.d_conv - 1
+                )
         if not return_state:
             return y
         assert last_inputs is not None
@@ -406,24 +405,3 @@ class MambaBlock(nn.Module):
         projected, x = project_inputs(self.x_proj, x)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return x, *project_delta(self.dt_proj, dt), B, C
-
-    def _last_real_inputs(
-        self, conv_state: Tensor | None, inputs: Tensor, padding: Tensor, reverse: bool
-    ) -> Tensor:
-        """The convolution's last d_conv - 1 inputs before the padding, which comes last."""
-        width = self.d_conv - 1
-        if conv_state is None:
-            conv_state = inputs.new_zeros(inputs.shape[0], width, self.d_inner)
-        conv_state = conv_state.to(accumulator_dtype(inputs.dtype))
-        real_steps = (~padding).sum(1)
-        last = real_steps + torch.arange(width, device=inputs.device)
-        if reverse:
-            conv_state = conv_state.flip(1)
-            last = width + inputs.shape[1] - 1 - last
-        pair = (inputs.to(conv_state.dtype), conv_state)
-        return _take_steps(torch.cat(pair if reverse else pair[::-1], dim=1), last)
-
-
-def _take_steps(sequences: Tensor, steps: Tensor) -> Tensor:
-    """sequences (batch, length, channels) at each row's time steps: steps is (batch, count)."""
-    return sequences.gather(1, steps[..., None].expand(-1, -1, sequences.shape[2]))
