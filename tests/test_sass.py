@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from tools.sass import EMULATION, LIBRARY
-from tools.sass.launches import Problem, record
+from tools.sass.launches import Launch, record
 from tools.sass.listing import Kernel, MissingToolError, find_kernel, find_tools, read_kernels
 from tools.sass.machine import Device, blocks_per_multiprocessor
 from tools.sass.simulated import CASES, simulate_launch
@@ -20,6 +20,14 @@ def kernels() -> list[Kernel]:
     except MissingToolError as error:
         pytest.skip(str(error))
     return read_kernels(LIBRARY)
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[dict[str, list[Launch]]]:
+    """The launches of the first case's problems."""
+    if not EMULATION.exists():
+        pytest.skip("needs the emulated kernels, which make cuda-check builds")
+    return record(EMULATION, CASES[0].problems, Device().multiprocessors)
 
 
 def test_no_kernel_spills(kernels: list[Kernel]) -> None:
@@ -44,31 +52,31 @@ def test_kernels_are_few(kernels: list[Kernel]) -> None:
         ("backward with softplus and z", 558),
     ],
 )
-def test_clocks(kernels: list[Kernel], operator: str, clocks: float) -> None:
+def test_clocks(
+    kernels: list[Kernel],
+    recorded: list[dict[str, list[Launch]]],
+    operator: str,
+    clocks: float,
+) -> None:
     """Of a scheduler for 512 state-steps of the scan in bfloat16 on sm_90, over whole tiles."""
-    if not EMULATION.exists():
-        pytest.skip("needs the emulated kernels, which make cuda-check builds")
     built = [kernel for kernel in kernels if kernel.architecture == 90]
     if not built:
         pytest.skip("needs kernels for sm_90; TORCH_CUDA_ARCH_LIST left it out")
-    device, case = Device(), CASES[0]
-    recorded = record(EMULATION, case.problems, device.multiprocessors)
     launches = [launched[operator][0] for launched in recorded]
     kernel = find_kernel(built, launches[0].kernel)
-    assert simulate_launch(kernel, launches, case, device, by_warps=()).clocks <= clocks
+    assert simulate_launch(kernel, launches, CASES[0], Device(), by_warps=()).clocks <= clocks
 
 
 @pytest.mark.parametrize(
     ("operator", "least"), [("forward", 2), ("backward", 2), ("convolution", 2)]
 )
-def test_blocks_fit_side_by_side(kernels: list[Kernel], operator: str, least: int) -> None:
+def test_blocks_fit_side_by_side(
+    kernels: list[Kernel], recorded: list[dict[str, list[Launch]]], operator: str, least: int
+) -> None:
     """So that one block's schedulers have work while another's wait, on every architecture whose
     multiprocessors have the room (86, 89 and 120 have 100 KiB of shared memory)."""
-    if not EMULATION.exists():
-        pytest.skip("needs the emulated kernels, which make cuda-check builds")
-    (launches,) = record(EMULATION, [Problem()], Device().multiprocessors)
     for kernel in kernels:
-        for launch in launches[operator]:
+        for launch in recorded[-1][operator]:
             if kernel.name == launch.kernel and kernel.architecture not in (75, 86, 89, 120):
                 fit = blocks_per_multiprocessor(kernel, launch.threads, launch.dynamic_shared)
                 assert fit >= least, f"{kernel.name} on sm_{kernel.architecture}"

@@ -11,7 +11,6 @@ instructions' fetch and the register banks.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,7 +47,6 @@ class Run:
 
     clocks: int
     issued: int
-    opcodes: Counter[str]
     wavefronts: int
     bytes: int  # that the memory moved
 
@@ -137,7 +135,7 @@ class _Multiprocessor:
         self.next_time = [0] * device.schedulers
         self.shared = 0
         self.memory = 0.0
-        self.run = Run(0, 0, Counter(), 0, 0)
+        self.run = Run(0, 0, 0, 0)
 
     def add_blocks(self, warps: Sequence[list[Issue]], blocks: int) -> None:
         decoded: dict[int, _Decoded] = {}
@@ -151,8 +149,6 @@ class _Multiprocessor:
                 program.append(found)
             programs.append(program)
             self.run.issued += blocks * len(issues)
-            for issue in issues:
-                self.run.opcodes[issue.instruction.opcode] += blocks
         index = 0
         for _ in range(blocks):
             block = _Block(len(programs))

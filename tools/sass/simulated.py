@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from .launches import Launch, Problem
 from .listing import Kernel, find_kernel
@@ -70,6 +71,7 @@ def simulate_launch(
     # Where longer problems have more blocks, these differ in nothing.
     traces = [trace(kernel, launch) for launch in ((short, longer) if grows else (longer,))]
 
+    @cache
     def runs(blocks: int) -> list[Run]:
         return [simulate(kernel, warps, blocks, device) for warps in traces]
 
