@@ -252,13 +252,14 @@ class Mamba(MambaBlock):
             ssm_state,
             x,
             delta,
-            self._A(),
+            self.A_log,
             B,
             C,
-            D=in_scan_dtype(self.D),
+            D=self.D,
             z=z,
             delta_bias=delta_bias,
             delta_softplus=True,
+            A_is_log=True,
         )
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
